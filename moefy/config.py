@@ -1,0 +1,108 @@
+"""``MoEConfig``: everything that decides how a dense FFN becomes a Mixture-of-Experts. Plain, frozen data.
+
+    >>> config = MoEConfig(num_experts=8, top_k=2)
+    >>> MoEConfig.from_json(config.to_json()) == config
+    True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from moefy.errors import ConfigError, UnknownOption
+
+SCHEMA_VERSION = 1
+MAX_EXPERTS = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """How FFNs are rewritten.
+
+    Args:
+        num_experts: global number of experts E per layer, 1 to 4096.
+        top_k: experts per token, 1 to ``num_experts``.
+        seed: seeds the router initialisation, together with the layer's FQN, so that every rank agrees.
+        router_std: standard deviation of the normal router initialisation. The default 0.02 is that of GPT-2 and
+            of Mixtral's ``initializer_range``.
+        expert_noise: symmetry breaking. Experts 1 to E-1 get ``noise * std(weight)`` of Gaussian noise added per
+            weight tensor; expert 0 stays the dense FFN bitwise. 0 keeps the start exact, but then identical
+            experts give the router no gradient until they diverge.
+    """
+
+    num_experts: int
+    top_k: int = 2
+    seed: int = 0
+    router_std: float = 0.02
+    expert_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their domain."""
+        for name in ("num_experts", "top_k", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(name, got=value, expected="an int")
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise ConfigError("num_experts", got=self.num_experts, expected=f"1 <= num_experts <= {MAX_EXPERTS}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError("top_k", got=self.top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
+        for name in ("router_std", "expert_noise"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ConfigError(name, got=value, expected="a finite number >= 0")
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of all options."""
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    @classmethod
+    def resolve(cls, config: MoEConfig | None, **overrides: Any) -> MoEConfig:
+        """``config`` with the keywords that are not ``None`` laid over it.
+
+        Raises:
+            UnknownOption: for a keyword that is no option.
+            ConfigError: for a value outside its domain, or when ``num_experts`` is given nowhere.
+        """
+        for name in overrides:
+            if name not in cls.field_names():
+                raise UnknownOption(name, cls.field_names(), where="MoEConfig")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if config is not None:
+            if not isinstance(config, MoEConfig):
+                raise ConfigError("config", got=config, expected="a moefy.MoEConfig")
+            return dataclasses.replace(config, **given)
+        if "num_experts" not in given:
+            raise ConfigError("num_experts", got=None, expected="an int, the number of experts per layer")
+        if "top_k" not in given and isinstance(given["num_experts"], int):
+            given["top_k"] = max(1, min(2, given["num_experts"]))
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options and the schema version."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MoEConfig:
+        """The inverse of ``to_dict``; unknown keys and newer versions are errors."""
+        options = dict(data)
+        version = options.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise ConfigError("schema_version", got=version, expected=f"{SCHEMA_VERSION}")
+        for name in options:
+            if name not in cls.field_names():
+                raise UnknownOption(name, cls.field_names(), where="MoEConfig")
+        if "num_experts" not in options:
+            raise ConfigError("num_experts", got=None, expected="an int, the number of experts per layer")
+        return cls(**options)
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> MoEConfig:
+        """The inverse of ``to_json``."""
+        return cls.from_dict(json.loads(text))
