@@ -11,8 +11,8 @@ arrangement. Numbers cannot be fooled by spelling: a hand-written gelu of eight 
 
 Contract: ``fn`` is element-wise over tokens (the matcher's walk made sure of that) and reads no
 parameter: a learnable activation may *today* have the values of a known one. A body that is random,
-learnable or merely similar gives ``None``; the caller then keeps it as it is. Nothing global changes:
-no RNG draw, no mode.
+learnable or merely similar gives ``None``; the caller then keeps it as it is. Nothing global
+changes: no RNG draw, no mode.
 """
 
 from __future__ import annotations
