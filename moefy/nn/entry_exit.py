@@ -1,0 +1,206 @@
+"""``EntryLinear`` and ``ExitLinear``: stand in for the linears of an FFN whose code stays the user's.
+
+Contract: ``fc2(dropout(gelu(fc1(x))))`` inside a block becomes an MoE by swapping ``fc1`` and ``fc2`` in place.
+
+    fc1 = EntryLinear(...)   tokens -> rows sorted by expert (``RoutedRows``), in the rank of the dense activation
+    gelu, dropout, ...       the user's code, on the rows
+    fc2 = ExitLinear(...)    rows -> tokens, weighted over each token's experts
+
+With several entries (``w2(silu(w1(x)) * w3(x))``) the first one, the leader, owns the router and routes afresh at
+each call. It attaches the routing to the tensor ``x`` itself; the others read it there, the last one removes it. So
+they share one routing also when the router is noisy, when a checkpoint runs the block again on the same ``x``, and when
+the same FFN is called several times.
+
+``make_fx`` and non-strict ``torch.export`` lose tensor subclasses. There the routing waits in the ``FFNLink`` that the
+entries and the exit share.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from moefy.errors import RoutingError, ShapeError
+from moefy.nn import functional
+from moefy.nn.expert_linear import ExpertLinear
+from moefy.nn.routed_rows import routing_of, with_routing
+from moefy.nn.router import Router
+from moefy.nn.routing import Routing
+
+SOURCE_ATTRIBUTE = "_moefy_routing_by_ffn"
+
+
+class FFNLink:
+    """What the entries and the exit of one FFN share: its name, and the routing while tracing.
+
+    Copies and pickles drop the routing; ``deepcopy`` of a whole FFN gives its parts one common new link.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.waiting = threading.local()
+
+    def put(self, routing: Routing) -> None:
+        """Leave ``routing`` for the exit."""
+        self.waiting.routing = routing
+
+    def take(self) -> Routing | None:
+        """The routing that waits, which then waits no more."""
+        routing = getattr(self.waiting, "routing", None)
+        self.waiting.routing = None
+        return routing
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __repr__(self) -> str:
+        return f"FFNLink({self.name!r})"
+
+
+class EntryLinear(ExpertLinear):
+    """An FFN's first linear as E experts; the leader also holds ``router``.
+
+    Args:
+        in_features: D.
+        out_features: width of its rows.
+        num_experts: E.
+        bias: whether the experts have biases.
+        feature_dim: the feature axis of its input: -1 for linears, -3 for a 1x1 ``nn.Conv2d``.
+        link: the FFN's, shared by its entries and its exit.
+        index: this entry's place among the FFN's entries in the order of their calls; 0 is the leader.
+        count: how many entries the FFN has.
+        router: the leader's router; ``None`` for the others.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        RoutingError: from ``forward`` of a follower when its leader did not see the same tensor before.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        *,
+        bias: bool,
+        feature_dim: int = -1,
+        link: FFNLink,
+        index: int = 0,
+        count: int = 1,
+        router: Router | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, num_experts, bias, device=device, dtype=dtype)
+        if (router is None) != (index > 0):
+            raise RoutingError(f"{link.name}: exactly the first entry holds the router; got index {index}")
+        self.feature_dim, self.link, self.index, self.count = feature_dim, link, index, count
+        if router is not None:
+            self.router = router
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of ``x``'s rank that carry their routing."""
+        axis = functional.feature_axis(x.dim(), self.feature_dim)
+        if x.shape[axis] != self.in_features:
+            raise ShapeError(
+                f"{self.link.name}: expected {self.in_features} features on axis {self.feature_dim}; got {tuple(x.shape)}"
+            )
+        routing = self._lead(x) if self.index == 0 else self._follow(x)
+        rows = functional.expert_entry(
+            x, self.weight, self.bias, routing.order, routing.offsets, routing.top_k, feature_dim=self.feature_dim
+        )
+        if carries_subclass(x):
+            return with_routing(rows, routing)
+        self.link.put(routing)
+        return rows
+
+    def _lead(self, x: torch.Tensor) -> Routing:
+        """Route ``x`` and leave the routing on it for the other entries."""
+        routing = self.router(x, self.feature_dim)
+        if self.count > 1:
+            setattr(x, SOURCE_ATTRIBUTE, (self.link, routing))
+        return routing
+
+    def _follow(self, x: torch.Tensor) -> Routing:
+        """The routing that the leader left on ``x``."""
+        left = getattr(x, SOURCE_ATTRIBUTE, None)
+        if left is None or left[0] is not self.link:
+            raise RoutingError(
+                f"{self.link.name}: entry {self.index} got a tensor that the FFN's first entry has not routed. All entries "
+                "must read the same tensor object, the first one first"
+            )
+        if self.index == self.count - 1:
+            setattr(x, SOURCE_ATTRIBUTE, None)
+        return left[1]
+
+
+class ExitLinear(ExpertLinear):
+    """An FFN's last linear as E experts, and the weighted sum over each token's experts.
+
+    Args:
+        in_features: width of the rows.
+        out_features: D.
+        num_experts: E.
+        bias: whether the experts have biases.
+        feature_dim: the feature axis, as for the entries.
+        link: the FFN's, shared by its entries and its exit.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        RoutingError: from ``forward`` when the rows carry no routing or are not the rows that the entry sent.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        *,
+        bias: bool,
+        feature_dim: int = -1,
+        link: FFNLink,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, num_experts, bias, device=device, dtype=dtype)
+        self.feature_dim, self.link = feature_dim, link
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Tokens in the leading shape that was routed, a plain tensor."""
+        routing = routing_of(rows)
+        if routing is None and not carries_subclass(rows):
+            routing = self.link.take()
+        if routing is None:
+            raise RoutingError(
+                f"{self.link.name}: the exit got rows without a routing. Something between the entry and the exit returned a "
+                "plain tensor: a compiled region that ends there, or an extension that ignores tensor subclasses"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return functional.expert_exit(
+                rows,
+                self.weight,
+                self.bias,
+                routing.top_k_weights,
+                routing.order,
+                routing.offsets,
+                routing.leading,
+                feature_dim=self.feature_dim,
+            )
+
+
+def carries_subclass(x: torch.Tensor) -> bool:
+    """Whether rows made from ``x`` can be ``RoutedRows``: always under Dynamo, never under a dispatch mode."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return _get_current_dispatch_mode() is None and type(x) in PLAIN_TYPES
+
+
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

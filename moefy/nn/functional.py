@@ -1,0 +1,230 @@
+"""The one MoE core as plain functions over ``moefy.ops``: modules, rewritten graphs and ``RoutedRows`` all call these.
+
+Contract: ``expert_entry`` keeps the RANK and the feature axis of its input, so that an element-wise body written for the
+dense activation (``chunk(2, dim=-1)``, ``b, t, c = h.shape``, a per-channel scale) keeps its meaning on the rows:
+
+    x [B, S, D]    -> rows [1, N, H]          x [T, D]      -> rows [N, H]
+    x [B, D, Y, X] -> rows [N, H, 1, 1]       (feature_dim=1, a 1x1 convolution)
+
+Worked example, a two-layer MLP as E experts:
+
+    top_k_weights_TK, order_N, offsets_E = route(x, router_weight_ED, top_k)
+    rows = expert_entry(x, w_up_EHD, b_up_EH, order_N, offsets_E, top_k)
+    y = expert_exit(gelu(rows), w_down_EDH, b_down_ED, top_k_weights_TK, order_N, offsets_E, x)
+
+Shape letters: T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K routed rows, O any out width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+
+from moefy import ops
+from moefy.errors import RoutingError, ShapeError
+from moefy.nn.routing import Routing
+
+
+def route(
+    x: torch.Tensor, router_weight_ED: torch.Tensor, top_k: int, *, feature_dim: int = -1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose ``top_k`` experts per token.
+
+    Args:
+        x: any shape with D features on axis ``feature_dim``; the other axes are the T tokens.
+        router_weight_ED: the router's matrix.
+        top_k: K.
+        feature_dim: the feature axis of ``x``.
+
+    Returns:
+        ``(top_k_weights_TK, order_N, offsets_E)``; see ``moefy.nn.routing``.
+
+    The formula is Mixtral's (Jiang et al. 2024, section 2.1): a softmax over the K largest of ``x @ W.T``. It is
+    computed in fp32 (fp64 for fp64 inputs) also under autocast; ties go to the lowest expert id.
+    """
+    routing = make_routing(x, router_logits(x, router_weight_ED, feature_dim), top_k, feature_dim)
+    return routing.top_k_weights, routing.order, routing.offsets
+
+
+def router_logits(x: torch.Tensor, weight_ED: torch.Tensor, feature_dim: int = -1) -> torch.Tensor:
+    """``[T, E]`` scores ``x_TD @ weight_ED.T``, in fp32 (fp64 for fp64 inputs), autocast or not."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with no_autocast(x.device.type):
+        return torch.mm(as_tokens(x, feature_dim).to(dtype), weight_ED.to(dtype).t())
+
+
+def make_routing(
+    x: torch.Tensor, logits_TE: torch.Tensor, top_k: int, feature_dim: int = -1
+) -> Routing:
+    """The ``Routing`` of ``x`` that the scores ``logits_TE`` ask for."""
+    top_k_weights_TK, top_k_index_TK = top_k_softmax(logits_TE, top_k)
+    order_N, offsets_E = ops.sort_by_expert(top_k_index_TK, logits_TE.shape[1])
+    return Routing(
+        top_k_index=top_k_index_TK,
+        top_k_weights=top_k_weights_TK,
+        order=order_N,
+        offsets=offsets_E,
+        router_logits=logits_TE,
+        leading=leading_shape(x, feature_dim),
+        top_k=top_k,
+        feature_dim=feature_dim,
+    )
+
+
+def top_k_softmax(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(weights_TK, index_TK)`` of the K largest scores: a softmax over them alone.
+
+    A stable sort, not ``topk``, whose order of ties is unspecified: here the lowest id wins. NaN sorts first, so that a
+    NaN score gives NaN weights for its own token and still a valid id.
+    """
+    sorted_TE, index_TE = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
+    with no_autocast(logits_TE.device.type):
+        return torch.softmax(sorted_TE[:, :top_k], dim=-1), index_TE[:, :top_k]
+
+
+def expert_entry(
+    x: torch.Tensor,
+    weight_EOD: torch.Tensor,
+    bias_EO: torch.Tensor | None,
+    order_N: torch.Tensor,
+    offsets_E: torch.Tensor,
+    top_k: int,
+    *,
+    feature_dim: int = -1,
+) -> torch.Tensor:
+    """The experts' first linear: tokens in, rows sorted by expert out.
+
+    Returns:
+        N = T*K rows of O features with the rank and feature axis of ``x``, all other axes being 1.
+    """
+    return expert_entries(x, [(weight_EOD, bias_EO)], order_N, offsets_E, top_k, feature_dim)[0]
+
+
+def expert_entries(
+    x: torch.Tensor,
+    linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    order_N: torch.Tensor,
+    offsets_E: torch.Tensor,
+    top_k: int,
+    feature_dim: int = -1,
+) -> list[torch.Tensor]:
+    """``expert_entry`` for several linears that read the same tokens, which are gathered once."""
+    x_ND = ops.permute(as_tokens(x, feature_dim), order_N, top_k)
+    rows = [ops.grouped_linear(x_ND, weight, bias, offsets_E) for weight, bias in linears]
+    return [rows_like(row_NO, x.dim(), feature_dim) for row_NO in rows]
+
+
+def expert_exit(
+    rows: torch.Tensor,
+    weight_EOH: torch.Tensor,
+    bias_EO: torch.Tensor | None,
+    top_k_weights_TK: torch.Tensor,
+    order_N: torch.Tensor,
+    offsets_E: torch.Tensor,
+    like: torch.Tensor | Sequence[int],
+    *,
+    feature_dim: int = -1,
+) -> torch.Tensor:
+    """The experts' last linear and the weighted sum over each token's experts.
+
+    Args:
+        rows: what the body made of ``expert_entry``'s rows.
+        weight_EOH: stacked weights, ``nn.Linear`` layout.
+        bias_EO: stacked biases.
+        top_k_weights_TK: from ``route``.
+        order_N: from ``route``.
+        offsets_E: from ``route``.
+        like: the tensor that was routed, or its shape without the feature axis.
+        feature_dim: the feature axis of ``like`` and ``rows``.
+
+    Returns:
+        ``like``'s shape with O features. Rows that the body flattened to ``[N, H]`` come back flat, ``[T, O]``, as the
+        dense linear would have returned them.
+
+    Raises:
+        RoutingError: when ``rows`` does not hold N rows, or has another rank.
+    """
+    leading = tuple(like) if not isinstance(like, torch.Tensor) else leading_shape(like, feature_dim)
+    flat = rows.dim() == 2 and len(leading) != 1
+    rows_NH = rows if flat else as_tokens(rows, feature_dim)
+    check_rows(rows, rows_NH, order_N.shape[0], len(leading) + 1, flat)
+    y_NO = ops.grouped_linear(rows_NH, weight_EOH, bias_EO, offsets_E)
+    y_TO = ops.combine(y_NO, top_k_weights_TK, order_N)
+    return y_TO if flat else from_tokens(y_TO, leading, feature_dim)
+
+
+def check_rows(
+    rows: torch.Tensor, rows_NH: torch.Tensor, num_rows: int, rank: int, flat: bool
+) -> None:
+    """Raise ``RoutingError`` unless the body kept the rows it was given."""
+    if not flat and rows.dim() != max(rank, 2):
+        raise RoutingError(
+            f"the body changed the rank of its rows from {max(rank, 2)} to {rows.dim()} (shape {tuple(rows.shape)}); the exit "
+            "expects the entry's rank, or rows flattened to [N, H]"
+        )
+    if rows_NH.shape[0] != num_rows:
+        raise RoutingError(
+            f"the exit got {rows_NH.shape[0]} rows (shape {tuple(rows.shape)}), the entry sent {num_rows}; the body between "
+            "them must be token-wise"
+        )
+
+
+def leading_shape(x: torch.Tensor, feature_dim: int = -1) -> tuple[int, ...]:
+    """``x``'s shape without its feature axis."""
+    axis = feature_axis(x.dim(), feature_dim)
+    return (*x.shape[:axis], *x.shape[axis + 1 :])
+
+
+def feature_axis(rank: int, feature_dim: int) -> int:
+    """``feature_dim`` counted from the front."""
+    if not -rank <= feature_dim < rank:
+        raise ShapeError(f"a tensor of rank {rank} has no feature axis {feature_dim}")
+    return feature_dim % rank
+
+
+def as_tokens(x: torch.Tensor, feature_dim: int = -1) -> torch.Tensor:
+    """``x`` as ``[T, D]``, a view where strides allow."""
+    axis = feature_axis(x.dim(), feature_dim)
+    x = x if axis == x.dim() - 1 else x.movedim(axis, -1)
+    return x if x.dim() == 2 else x.reshape(count(x.shape[:-1]), x.shape[-1])
+
+
+def from_tokens(y_TO: torch.Tensor, leading: Sequence[int], feature_dim: int) -> torch.Tensor:
+    """``[T, O]`` with the tokens laid out as ``leading`` and the features on axis ``feature_dim``; contiguous."""
+    axis = feature_axis(len(leading) + 1, feature_dim)
+    y = y_TO if len(leading) == 1 else y_TO.reshape(*leading, y_TO.shape[-1])
+    return y if axis == len(leading) else y.movedim(-1, axis).contiguous()
+
+
+def rows_like(rows_NO: torch.Tensor, rank: int, feature_dim: int) -> torch.Tensor:
+    """``[N, O]`` with ``rank`` axes and the features on ``feature_dim``; a view.
+
+    The rows go on the axis before the features when these are last, else on axis 0: where a batch of tokens would be.
+    A single token ``[D]`` becomes K rows, so rank 1 gives ``[N, O]``.
+    """
+    num_rows, width = rows_NO.shape
+    if rank <= 2 and feature_axis(rank, feature_dim) == rank - 1:
+        return rows_NO
+    axis = feature_axis(rank, feature_dim)
+    if axis == rank - 1:
+        return rows_NO.view(*[1] * (rank - 2), num_rows, width)
+    if axis == 0:
+        return rows_NO.t().reshape(width, num_rows, *[1] * (rank - 2))
+    return rows_NO.view(num_rows, *[1] * (axis - 1), width, *[1] * (rank - axis - 1))
+
+
+def count(shape: Sequence[int]) -> int:
+    """The product of ``shape``; ``-1`` in a reshape is ambiguous for empty tensors."""
+    total = 1
+    for size in shape:
+        total = total * size
+    return total
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Autocast off, where the device has autocast at all (``meta`` has not)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
