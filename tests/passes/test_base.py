@@ -1,0 +1,119 @@
+"""The pass protocol, the registry and the runner."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from moefy.errors import ConfigError, UnknownOption
+from moefy.passes import base
+
+
+class ReluToGelu(base.Pass):
+    name = "relu_to_gelu"
+    preserving = False
+
+    def __init__(self, limit: int = 10) -> None:
+        self.limit = limit
+
+    def rewrite(self, gm):
+        nodes = [n for n in gm.graph.nodes if n.target is F.relu][: self.limit]
+        for node in nodes:
+            node.target, node.kwargs = F.gelu, {}
+        self.note = f"at most {self.limit}"
+        return len(nodes)
+
+
+@pytest.fixture(autouse=True)
+def clean_registry(monkeypatch):
+    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    base.clear_history()
+
+
+def graph_with_relu() -> fx.GraphModule:
+    def f(x):
+        return F.relu(F.relu(x) + 1)
+
+    return fx.symbolic_trace(f)
+
+
+def test_a_pass_edits_recompiles_and_records():
+    gm = graph_with_relu()
+    x = torch.randn(5)
+    record = ReluToGelu()(gm)
+    assert (record.matched, record.nodes_before, record.nodes_after) == (2, 5, 5)
+    assert not record.preserving and record.note == "at most 10" and record.ms >= 0
+    torch.testing.assert_close(gm(x), F.gelu(F.gelu(x) + 1))
+    assert base.op_counts(gm) == {"gelu": 2, "add": 1}
+    assert ReluToGelu()(gm).matched == 0
+
+
+def test_a_broken_graph_is_caught_by_lint():
+    class Broken(base.Pass):
+        name = "broken"
+
+        def rewrite(self, gm):
+            output = next(n for n in gm.graph.nodes if n.op == "output")
+            relu = next(n for n in gm.graph.nodes if n.target is F.relu)
+            output.append(relu)
+            return 1
+
+    with pytest.raises(RuntimeError, match="defined"):
+        Broken()(graph_with_relu())
+
+
+def test_uuid_follows_settings_and_is_stable():
+    assert ReluToGelu().uuid() == ReluToGelu().uuid()
+    assert ReluToGelu(1).uuid() != ReluToGelu(2).uuid()
+
+
+def test_pipeline_order_disable_and_history():
+    base.register_pass(ReluToGelu)
+    assert base.registered_passes()[-1] == "relu_to_gelu"
+    records = base.run_pipeline(graph_with_relu(), graph="mine")
+    assert records[-1].name == "relu_to_gelu"
+    assert base.history()[-1] == base.PipelineRun(graph="mine", records=records)
+    gm = graph_with_relu()
+    assert "relu_to_gelu" not in [r.name for r in base.run_pipeline(gm, disable=("relu_to_gelu",))]
+    assert base.op_counts(gm)["relu"] == 2
+    base.unregister_pass("relu_to_gelu")
+    assert "relu_to_gelu" not in base.registered_passes()
+    base.clear_history()
+    assert base.history() == ()
+
+
+def test_explicit_passes_need_no_registration():
+    (record,) = base.run_pipeline(graph_with_relu(), [ReluToGelu(limit=1)])
+    assert record.matched == 1
+
+
+def test_names_are_checked():
+    base.register_pass(ReluToGelu)
+    base.register_pass(ReluToGelu)  # a re-run cell
+    with pytest.raises(UnknownOption, match="did you mean 'relu_to_gelu'"):
+        base.run_pipeline(graph_with_relu(), disable=("relu_to_gelo",))
+
+    class Other(ReluToGelu):
+        pass
+
+    with pytest.raises(ConfigError, match="relu_to_gelu"):
+        base.register_pass(Other)
+
+    class NoName(base.Pass):
+        def rewrite(self, gm):
+            return 0
+
+    with pytest.raises(ConfigError, match="NoName"):
+        base.register_pass(NoName)
+
+
+def test_debug_log_shows_each_pass(caplog):
+    with caplog.at_level(logging.DEBUG, logger="moefy"):
+        base.run_pipeline(graph_with_relu(), [ReluToGelu()])
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("moefy")]
+    assert "relu_to_gelu: 2 matched, 5 -> 5 nodes" in message
+    assert "gone {'relu': 2}" in message and "new {'gelu': 2}" in message
