@@ -1,8 +1,8 @@
 """``MoEConfig``: everything that decides how a dense FFN becomes a Mixture-of-Experts. Plain, frozen data.
 
-    >>> config = MoEConfig(num_experts=8, top_k=2)
-    >>> MoEConfig.from_json(config.to_json()) == config
-    True
+>>> config = MoEConfig(num_experts=8, top_k=2)
+>>> MoEConfig.from_json(config.to_json()) == config
+True
 """
 
 from __future__ import annotations
@@ -45,9 +45,13 @@ class MoEConfig:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(name, got=value, expected="an int")
         if not 1 <= self.num_experts <= MAX_EXPERTS:
-            raise ConfigError("num_experts", got=self.num_experts, expected=f"1 <= num_experts <= {MAX_EXPERTS}")
+            raise ConfigError(
+                "num_experts", got=self.num_experts, expected=f"1 <= num_experts <= {MAX_EXPERTS}"
+            )
         if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError("top_k", got=self.top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
+            raise ConfigError(
+                "top_k", got=self.top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}"
+            )
         for name in ("router_std", "expert_noise"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):

@@ -1,0 +1,279 @@
+"""Feed-forward regions: what lies between one exit linear and the entry linears above it.
+
+``find_regions`` walks up from every linear through whatever is element-wise (and, noting an *issue*, through norms,
+convolutions, concatenations) until only linears are left. A candidate is a region with an activation, or a product of
+two branches, whose entries read one source. Whether a candidate may become an MoE is decided in ``match_ffn``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import operator
+from collections.abc import Iterator
+
+from torch import fx
+
+from moefy.passes.linears import LinearSite
+from moefy.passes.trace import Trace
+from moefy.passes.vocabulary import (
+    CASTS,
+    CONCATS,
+    CONVS,
+    DROPOUTS,
+    LINEAR_POINTWISE,
+    NORMS,
+    PERMUTES,
+    REDUCTIONS,
+    RESHAPES,
+    SPLITS,
+    is_pointwise,
+    op_name,
+    parameter_only,
+    shape_of,
+    tensor_inputs,
+)
+
+MAX_BODY = 256
+
+
+@dataclasses.dataclass(eq=False)
+class Region:
+    """Entries, body and exit of one candidate at one place of the trace.
+
+    ``body`` holds the nodes strictly between (parameter expressions included, linears not), in execution order.
+    ``issues`` maps a reason code to its text, for what a body must not contain. ``tail`` is the dropout that the
+    owner applies to the exit's output, when the owner's whole forward is the FFN.
+    """
+
+    entries: list[LinearSite]
+    exit: LinearSite
+    body: list[fx.Node]
+    issues: dict[str, str]
+    source: fx.Node
+    same_source: bool
+    tail: list[fx.Node] = dataclasses.field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], str]:
+        """The weights: the same key at several places is one FFN called several times."""
+        return tuple(e.weight for e in self.entries), self.exit.weight
+
+    def nodes(self) -> set[fx.Node]:
+        """All call nodes of entries, body and exit."""
+        found = set(self.body) | self.exit.nodes
+        for entry in self.entries:
+            found |= entry.nodes
+        return found | set(self.padding())
+
+    def padding(self) -> Iterator[fx.Node]:
+        """Reshapes and casts between the body and the linears."""
+        yield from _between(self.exit.x, stop=set(self.body) | {e.out for e in self.entries})
+        for entry in self.entries:
+            yield from _between(entry.x, stop={self.source})
+
+
+def find_regions(trace: Trace, sites: dict[fx.Node, LinearSite]) -> list[Region]:
+    """Every candidate region of the trace, in execution order of their exits."""
+    exits = dict.fromkeys(sites[n] for n in trace.graph.nodes if n in sites)
+    regions = (_walk_up(site, sites) for site in exits)
+    return [r for r in regions if r is not None]
+
+
+def look_through(node: fx.Node) -> fx.Node:
+    """The value behind reshapes that keep the last axis, and casts."""
+    while node.op == "call_function":
+        name = op_name(node)
+        inputs = list(tensor_inputs(node))
+        if not inputs or not (name in CASTS or (name in RESHAPES and keeps_last_axis(node))):
+            return node
+        node = inputs[0]
+    return node
+
+
+def keeps_last_axis(node: fx.Node) -> bool:
+    """Whether a reshape leaves the last axis alone."""
+    inputs = list(tensor_inputs(node))
+    if not inputs:
+        return False
+    before, after = shape_of(inputs[0]), shape_of(node)
+    return bool(before) and bool(after) and before[-1] == after[-1]
+
+
+def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region | None:
+    start = look_through(exit_site.x) if exit_site.axis == -1 else exit_site.x
+    entries: list[LinearSite] = []
+    body: set[fx.Node] = set()
+    issues: dict[str, str] = {}
+    heap: list[tuple[int, fx.Node]] = []
+    queued: set[fx.Node] = set()
+
+    def push(node: fx.Node) -> None:
+        if node not in queued:
+            queued.add(node)
+            heapq.heappush(heap, (-node.meta["seq"], node))
+
+    push(start)
+    while heap:
+        _, node = heapq.heappop(heap)
+        if node in sites and node is sites[node].out:
+            if sites[node] is exit_site:
+                return None
+            entries.append(sites[node])
+        elif entries and node is _source(entries[0]):
+            issues.setdefault("different-source", "the body also reads the FFN's own input")
+        elif parameter_only(node):
+            if node.op == "call_function":
+                body.add(node)
+                for value in tensor_inputs(node):
+                    push(value)
+        elif node.op != "call_function" or len(body) > MAX_BODY or not _enter(node, issues, exit_site.axis):
+            issues.setdefault("opaque-between", _opaque_text(node))
+            if not entries:
+                return None
+        else:
+            body.add(node)
+            for value in tensor_inputs(node):
+                push(value)
+    if not entries:
+        return None
+    entries.sort(key=lambda site: site.out.meta["seq"])
+    ordered = sorted(body, key=lambda n: n.meta["seq"])
+    if not _has_activation(ordered, entries):
+        return None
+    sources = {_source(entry) for entry in entries}
+    return Region(entries, exit_site, ordered, issues, _source(entries[0]), len(sources) == 1)
+
+
+def _source(entry: LinearSite) -> fx.Node:
+    return look_through(entry.x) if entry.axis == -1 else entry.x
+
+
+def _enter(node: fx.Node, issues: dict[str, str], axis: int) -> bool:
+    """Whether the walk goes on above ``node``; what must not be in a body is noted in ``issues``."""
+    name = op_name(node)
+    if name in CASTS or name in DROPOUTS:
+        return True
+    if name in RESHAPES:
+        if axis != -1 or not keeps_last_axis(node):
+            issues.setdefault("feature-axis", f"{name} between the linears changes the feature axis")
+        return True
+    if name == "getitem" or name in SPLITS:
+        if not splits_features(node, axis):
+            issues.setdefault("opaque-between", f"{name} between the linears takes other than features")
+        return True
+    for names, code, text in _ISSUES:
+        if name in names:
+            issues.setdefault(code, text.format(name))
+            return True
+    if is_pointwise(node):
+        _check_operands(node, issues, axis)
+        return True
+    return False
+
+
+_ISSUES = (
+    (CONVS, "conv-between", "a convolution ({}) between the linears mixes positions"),
+    (CONCATS, "concat-between", "{} between the linears"),
+    (NORMS, "norm-between", "a norm ({}) between the linears"),
+    (REDUCTIONS, "reduction-between", "a reduction ({}) between the linears"),
+    (PERMUTES, "feature-axis", "{} between the linears moves the feature axis"),
+)
+
+
+def _check_operands(node: fx.Node, issues: dict[str, str], axis: int) -> None:
+    """Parameters in the body may be scalars or lie along the feature axis."""
+    shape = shape_of(node)
+    if not shape:
+        return
+    for value in tensor_inputs(node):
+        other = shape_of(value)
+        if parameter_only(value) and any(
+            size != 1 and len(shape) - len(other) + i != axis % len(shape) for i, size in enumerate(other)
+        ):
+            issues.setdefault("opaque-between", "a parameter in the body does not lie along the feature axis")
+
+
+def splits_features(node: fx.Node, axis: int) -> bool:
+    """Whether a split, chunk or index takes parts of the feature axis and leaves the others whole."""
+    name = op_name(node)
+    if node.target is operator.getitem and isinstance(node.args[1], int):
+        return True  # one of the parts of a split
+    if name == "getitem":
+        index = node.args[1]
+        rank = len(shape_of(list(tensor_inputs(node))[0]))
+        return _feature_slice(index if isinstance(index, tuple | list) else (index,), rank, axis % rank)
+    if name == "unbind":
+        return False
+    rank = len(shape_of(list(tensor_inputs(node))[0]))
+    position = {"glu": 1, "narrow": 1}.get(name, 2)
+    default = -1 if name == "glu" else 0
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    return isinstance(dim, int) and rank > 0 and dim % rank == axis % rank
+
+
+def _feature_slice(index: tuple[object, ...] | list[object], rank: int, axis: int) -> bool:
+    if any(not (i is Ellipsis or isinstance(i, slice)) for i in index):
+        return False
+    position = 0
+    for item in index:
+        if item is Ellipsis:
+            position = rank - (len(index) - index.index(Ellipsis) - 1)
+            continue
+        if item != slice(None) and position != axis:
+            return False
+        position += 1
+    return True
+
+
+def _has_activation(body: list[fx.Node], entries: list[LinearSite]) -> bool:
+    """Something non-linear happens: an activation, or the product of two branches."""
+    for node in body:
+        name = op_name(node)
+        if (
+            parameter_only(node)
+            or name in CASTS | RESHAPES | DROPOUTS | PERMUTES | NORMS | REDUCTIONS | CONVS | CONCATS
+        ):
+            continue
+        if name == "glu":
+            return True
+        if name in SPLITS or name == "getitem" or name in LINEAR_POINTWISE:
+            continue
+        if is_pointwise(node) and not _is_scale(node) and not _serves_a_norm(node):
+            return True
+    return False
+
+
+def _is_scale(node: fx.Node) -> bool:
+    """A product with a scalar, a parameter, or one factor per position."""
+    if op_name(node) not in ("mul", "div") or _squares(node):
+        return False
+    operands = [v for v in tensor_inputs(node) if not parameter_only(v)]
+    return len(operands) < 2 or any(shape_of(v)[-1:] == (1,) for v in operands)
+
+
+def _serves_a_norm(node: fx.Node) -> bool:
+    """A part of a hand-written norm: the square under its mean, or the factor that it yields."""
+    users = [op_name(u) for u in node.users]
+    return shape_of(node)[-1:] == (1,) or (bool(users) and all(u in REDUCTIONS for u in users))
+
+
+def _squares(node: fx.Node) -> bool:
+    nodes = [a for a in node.args if isinstance(a, fx.Node)]
+    return len(nodes) == 2 and nodes[0] is nodes[1]
+
+
+def _between(node: fx.Node, stop: set[fx.Node]) -> Iterator[fx.Node]:
+    while node not in stop and node.op == "call_function":
+        if op_name(node) not in CASTS | RESHAPES:
+            return
+        yield node
+        node = next(iter(tensor_inputs(node)))
+
+
+def _opaque_text(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return "the body reads an input of the model"
+    if node.op == "get_attr":
+        return "the body reads a tensor that is no registered parameter"
+    return f"{op_name(node)} between the linears is not element-wise"
