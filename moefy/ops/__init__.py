@@ -1,0 +1,28 @@
+"""moefy's ops: argument checks here in Python, then one registered op under ``torch.ops.moefy``.
+
+The ops are few and coarse. Rows sorted by expert plus the end row of each expert (``offsets``) are the contract between
+them; ``reference`` holds the plain torch twin of each.
+
+    >>> order_N, offsets_E = sort_by_expert(top_k_index_TK, num_experts)
+    >>> rows_NH = grouped_linear(permute(x_TD, order_N, top_k), weight_EHD, bias_EH, offsets_E)
+    >>> out_TH = combine(rows_NH, top_k_weights_TK, order_N)
+"""
+
+from moefy.ops.activations import ACTIVATIONS, Activation
+from moefy.ops.combine import combine
+from moefy.ops.expert_ffn import GLU, GLU_FORMS, expert_ffn
+from moefy.ops.grouped_linear import grouped_linear
+from moefy.ops.permute import permute
+from moefy.ops.sort import sort_by_expert
+
+__all__ = [
+    "ACTIVATIONS",
+    "GLU",
+    "GLU_FORMS",
+    "Activation",
+    "combine",
+    "expert_ffn",
+    "grouped_linear",
+    "permute",
+    "sort_by_expert",
+]

@@ -1,0 +1,159 @@
+"""``grouped_linear``: every row through the linear layer of its own expert.
+
+N rows sorted by expert, I input and O output features, E experts.
+
+Contract: rows ``offsets[e-1] .. offsets[e]`` give ``x @ weight[e].T + bias[e]``; rows from ``offsets[-1]`` on are zero
+and send back a zero gradient. Weights are stacked in the layout of ``nn.Linear``. An expert without rows gets exactly
+zero gradients.
+
+    >>> weight_EOI = torch.tensor([[[1.0]], [[10.0]]])
+    >>> grouped_linear(torch.ones(3, 1), weight_EOI, None, torch.tensor([1, 3], dtype=torch.int32)).T
+    tensor([[ 1., 10., 10.]])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.ops import checks
+from moefy.ops.grouped_gemm import outer_products, row_sums, rows_times
+from moefy.ops.library import differentiable, register
+
+
+def _kernel(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
+    bounds = checks.bounds("grouped_linear", offsets_E, x_NI.shape[0])
+    return rows_times(x_NI, weight_EOI, bias_EO, bounds)
+
+
+def _fake(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
+    return x_NI.new_empty((x_NI.shape[0], weight_EOI.shape[1]))
+
+
+def _backward_kernel(
+    grad_NO: Tensor, x_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; one that ``mask`` does not ask for is an empty tensor."""
+    bounds = checks.bounds("grouped_linear_backward", offsets_E, x_NI.shape[0])
+    nothing = [grad_NO.new_empty(0) for _ in range(3)]
+    return (
+        rows_times(grad_NO, weight_EOI.transpose(1, 2), None, bounds) if mask[0] else nothing[0],
+        outer_products(grad_NO, x_NI, bounds) if mask[1] else nothing[1],
+        row_sums(grad_NO, bounds) if mask[2] else nothing[2],
+    )
+
+
+def _backward_fake(
+    grad_NO: Tensor, x_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x_NI.shape, weight_EOI.shape, weight_EOI.shape[:2])
+    dx, dweight, dbias = (
+        grad_NO.new_empty(shape if wanted else (0,))
+        for shape, wanted in zip(shapes, mask, strict=True)
+    )
+    return dx, dweight, dbias
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_NI, weight_EOI, _, offsets_E = inputs
+    ctx.save_for_backward(x_NI, weight_EOI, offsets_E)
+
+
+def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+    mask = list(ctx.needs_input_grad[:3])
+    grads = _backward_op(grad_NO, *ctx.saved_tensors, mask)
+    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.mask = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(
+    ctx: Any, ggx_NI: Tensor, ggw_EOI: Tensor, ggb_EO: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The backward is bilinear in (grad, weight), (grad, x) and linear in grad: the same two ops again.
+
+    ``ggx`` plays x's part and ``ggw`` weight's: dgrad = ggx @ W.T + x @ ggw.T + ggb, dx = grad @ ggw, dW = grad.T @ ggx.
+    """
+    grad_NO, x_NI, weight_EOI, offsets_E = ctx.saved_tensors
+    with_x, with_w, with_b = ctx.mask
+    dgrad_NO = torch.zeros_like(grad_NO)
+    if with_x:
+        dgrad_NO = dgrad_NO + _op(ggx_NI, weight_EOI, None, offsets_E)
+    if with_w or with_b:
+        ggw_EOI = ggw_EOI if with_w else torch.zeros_like(weight_EOI)
+        dgrad_NO = dgrad_NO + _op(x_NI, ggw_EOI, ggb_EO if with_b else None, offsets_E)
+    mask = [with_w and ctx.needs_input_grad[1], with_x and ctx.needs_input_grad[2], False]
+    # An operand whose product is not asked for only lends its shape.
+    x_part = ggx_NI if with_x else x_NI
+    w_part = ggw_EOI if with_w else weight_EOI
+    dx_NI, dw_EOI, _ = _backward_op(grad_NO, x_part, w_part, offsets_E, mask)
+    return dgrad_NO, dx_NI if mask[0] else None, dw_EOI if mask[1] else None, None, None
+
+
+_op = register(
+    "grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
+    kernel=_kernel,
+    fake=_fake,
+    gemm_args=("x", "weight", "bias"),
+)
+_backward_op = register(
+    "grouped_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets, bool[3] mask)"
+    " -> (Tensor, Tensor, Tensor)",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+)
+differentiable(_op, setup=_setup, backward=_backward)
+differentiable(_backward_op, setup=_setup_backward, backward=_double_backward)
+
+
+def grouped_linear(
+    x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor
+) -> Tensor:
+    """Apply each expert's linear layer to its rows.
+
+    Args:
+        x_NI: [N, I] rows sorted by expert, floating point, any strides.
+        weight_EOI: [E, O, I] in x's dtype (under autocast any).
+        bias_EO: [E, O] or None.
+        offsets_E: [E] int32 from ``sort_by_expert``.
+
+    Returns:
+        [N, O] in x's dtype, or in autocast's. Differentiable in x, weight and bias, to any order.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: for arguments that are not as above.
+        RoutingError: for offsets that decrease or exceed N.
+    """
+    checks.shape("grouped_linear", "x", x_NI, "[N, I]", 2)
+    checks.floating("grouped_linear", "x", x_NI)
+    linear_arguments("grouped_linear", "x", x_NI, "weight", weight_EOI, "bias", bias_EO)
+    offsets_argument("grouped_linear", "x", x_NI, offsets_E, weight_EOI.shape[0])
+    return _op(x_NI, weight_EOI, bias_EO, offsets_E)
+
+
+def linear_arguments(
+    op: str, x_name: str, x: Tensor, w_name: str, weight: Tensor, b_name: str, bias: Tensor | None
+) -> None:
+    """``weight`` is [E, O, I] with I = x's width, ``bias`` [E, O] or None; dtype and device agree with x."""
+    checks.shape(op, w_name, weight, "[E, out, in]", 3)
+    checks.floating(op, w_name, weight)
+    checks.size(op, f"{x_name}.shape[-1]", x.shape[-1], weight.shape[2], f"{w_name}.shape[2]")
+    if bias is not None:
+        checks.shape(op, b_name, bias, "[E, out]", 2)
+        checks.size(op, f"{b_name}.shape[0]", bias.shape[0], weight.shape[0], f"{w_name}.shape[0]")
+        checks.size(op, f"{b_name}.shape[1]", bias.shape[1], weight.shape[1], f"{w_name}.shape[1]")
+    checks.same_device(op, x_name, x, {w_name: weight, b_name: bias})
+    checks.same_dtype(op, x_name, x, {w_name: weight, b_name: bias})
+
+
+def offsets_argument(op: str, x_name: str, x: Tensor, offsets_E: Tensor, num_experts: int) -> None:
+    """``offsets_E`` is [E] int32 on x's device."""
+    checks.shape(op, "offsets", offsets_E, "[E]", 1)
+    checks.index(op, "offsets", offsets_E, torch.int32)
+    checks.size(op, "offsets length", offsets_E.shape[0], num_experts, "number of experts")
+    checks.same_device(op, x_name, x, {"offsets": offsets_E})

@@ -1,0 +1,87 @@
+"""Registration of moefy's ops with ``torch.library``: one call per op, so that every op has every part.
+
+Contract: an op has a schema, a fake (shapes only), a kernel for CPU and for CUDA, and an autocast rule; a
+differentiable one also has an autograd formula, whose backward is itself a registered op. Kernels never return
+views of their inputs, always return contiguous tensors, and give the same bits for the same inputs.
+
+    >>> double = register("double(Tensor x) -> Tensor", kernel=lambda x: 2 * x, fake=torch.empty_like)
+    >>> double(torch.ones(2))
+    tensor([2., 2.])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "moefy"
+DEVICES = ("CPU", "CUDA")
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def register(
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    gemm_args: tuple[str, ...] = (),
+) -> torch._ops.OpOverload:
+    """Define ``moefy::<schema>`` and return its overload.
+
+    Args:
+        schema: name, arguments and returns in torch schema language; positional arguments only.
+        kernel: the computation in plain torch, used on CPU and CUDA.
+        fake: the same signature, returns empty tensors of the right shape, dtype and device.
+        gemm_args: names of the tensor arguments that autocast casts to its dtype. Everything else, routing
+            weights above all, keeps its dtype.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for device in DEVICES:
+        _LIBRARY.impl(name, kernel, device)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    cast = tuple(a.name in gemm_args for a in overload._schema.arguments)
+    for device in DEVICES:
+        _LIBRARY.impl(name, _autocast_rule(overload, device, cast), f"Autocast{device}")
+    return overload
+
+
+def differentiable(
+    op: torch._ops.OpOverload,
+    *,
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Give ``op`` its autograd formula. ``setup(ctx, inputs, output)`` saves, ``backward(ctx, *grads)`` answers."""
+    torch.library.register_autograd(op._schema.name, backward, setup_context=setup, lib=_LIBRARY)
+
+
+def _autocast_rule(
+    op: torch._ops.OpOverload, device: str, cast: tuple[bool, ...]
+) -> Callable[..., Any]:
+    """Run ``op`` with its GEMM operands in the autocast dtype and autocast off inside.
+
+    ``torch.library.register_autocast`` would cast every floating argument, the fp32 routing weights too. Ops
+    without GEMM operands need the rule as well: their kernels call torch ops, which autocast would otherwise cast.
+    """
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+    device_type = device.lower()
+
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return op(*(_cast(a, dtype) if c else a for a, c in zip(args, cast, strict=True)))
+
+    return rule
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` in ``dtype`` when autocast would cast it: a floating tensor, but never fp64."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value if value.dtype is torch.float64 else value.to(dtype)

@@ -1,0 +1,113 @@
+"""``permute``: copy each token once per chosen expert, sorted by expert; its gradient sums the copies.
+
+T tokens, D width, K top-k, N = T*K rows.
+
+Contract: row r is token ``order[r] // K``. The backward op ``sum_slots`` adds a token's K rows in the order of its
+choices, in fp32 (fp64 for fp64), and rounds once; no atomics, so the bits repeat. The two are each other's gradient.
+
+    >>> permute(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0, 2, 3]), top_k=2).T
+    tensor([[1., 1., 2., 2.]])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.ops import checks
+from moefy.ops.library import differentiable, register
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp32, or fp64 when any of ``tensors`` is fp64."""
+    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+
+
+def inverse(order_N: Tensor) -> Tensor:
+    """``row[slot]`` from ``slot[row]``."""
+    rows_N = torch.arange(order_N.shape[0], device=order_N.device)
+    return torch.zeros_like(order_N).scatter_(0, order_N, rows_N)
+
+
+def weighted_sum(y_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, top_k: int) -> Tensor:
+    """Per token the sum of its K rows, weighted if ``weights_TK`` is given: [T, D] in y's dtype.
+
+    K gathers and K fused multiply-adds of [T, D]: on 2 CPU cores faster than ``index_add_`` (1.7 against 2.3 ms in
+    fp32, 1.6 against 23 ms in bf16, T=2048, D=768, K=2), and the order of addition is the order of the choices.
+    """
+    dtype = accumulation_dtype(y_ND) if weights_TK is None else accumulation_dtype(y_ND, weights_TK)
+    row_TK = inverse(order_N).view(-1, top_k)
+    out_TD = y_ND.new_zeros((row_TK.shape[0], y_ND.shape[1]), dtype=dtype)
+    for k in range(top_k):
+        rows_TD = y_ND.index_select(0, row_TK[:, k]).to(dtype)
+        if weights_TK is None:
+            out_TD.add_(rows_TD)
+        else:
+            out_TD.addcmul_(rows_TD, weights_TK[:, k, None].to(dtype))
+    return out_TD.to(y_ND.dtype)
+
+
+def _kernel(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    return x_TD.index_select(0, checks.slots("permute", order_N) // top_k)
+
+
+def _fake(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    return x_TD.new_empty((order_N.shape[0], x_TD.shape[1]))
+
+
+def _sum_kernel(rows_ND: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    return weighted_sum(rows_ND, None, checks.slots("sum_slots", order_N), top_k)
+
+
+def _sum_fake(rows_ND: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    return rows_ND.new_empty((order_N.shape[0] // top_k, rows_ND.shape[1]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, order_N, ctx.top_k = inputs
+    ctx.save_for_backward(order_N)
+
+
+def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+    return _sum_op(grad_ND, ctx.saved_tensors[0], ctx.top_k), None, None
+
+
+def _sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+    return _op(grad_TD, ctx.saved_tensors[0], ctx.top_k), None, None
+
+
+_op = register(
+    "permute(Tensor x, Tensor order, int top_k) -> Tensor", kernel=_kernel, fake=_fake
+)
+_sum_op = register(
+    "sum_slots(Tensor rows, Tensor order, int top_k) -> Tensor", kernel=_sum_kernel, fake=_sum_fake
+)
+differentiable(_op, setup=_setup, backward=_backward)
+differentiable(_sum_op, setup=_setup, backward=_sum_backward)
+
+
+def permute(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """Rows of ``x`` sorted by expert: ``x[order // top_k]``.
+
+    Args:
+        x_TD: [T, D] floating point, any strides.
+        order_N: [T*K] int64 from ``sort_by_expert``.
+        top_k: K >= 1.
+
+    Returns:
+        [T*K, D] in x's dtype. Differentiable in x, to any order.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ConfigError: for arguments that are not as above.
+        RoutingError: for an ``order`` entry outside ``[0, T*K)`` (CPU).
+    """
+    checks.shape("permute", "x", x_TD, "[T, D]", 2)
+    checks.floating("permute", "x", x_TD)
+    checks.shape("permute", "order", order_N, "[T*K]", 1)
+    checks.index("permute", "order", order_N, torch.int64)
+    checks.top_k("permute", top_k)
+    checks.same_device("permute", "x", x_TD, {"order": order_N})
+    checks.size("permute", "order length", order_N.shape[0], x_TD.shape[0] * top_k, "T * top_k")
+    return _op(x_TD, order_N, top_k)
