@@ -74,18 +74,19 @@ class Pass(abc.ABC):
 
     def __call__(self, gm: fx.GraphModule) -> PassRecord:
         """Rewrite, lint, recompile, and say what was done."""
-        before, nodes_before = op_counts(gm), len(gm.graph.nodes)
+        before, nodes_before = op_counts(gm), node_count(gm)
         readable = gm.print_readable(print_output=False) if _tracing_to_disk() else ""
         self.note = ""
         start = time.perf_counter()
         matched = self.rewrite(gm)
-        gm.graph.lint()
-        gm.recompile()
+        for module in graph_modules(gm):
+            module.graph.lint()
+            module.recompile()
         record = PassRecord(
             name=self.name,
             matched=matched,
             nodes_before=nodes_before,
-            nodes_after=len(gm.graph.nodes),
+            nodes_after=node_count(gm),
             ms=(time.perf_counter() - start) * 1e3,
             preserving=self.preserving,
             note=self.note,
@@ -187,7 +188,18 @@ def clear_history() -> None:
 
 def op_counts(gm: fx.GraphModule) -> Counter[str]:
     """How often each operator occurs in the graph: ``{"linear": 2, "moefy.expert_ffn": 1}``."""
-    return Counter(op_name(n) for n in gm.graph.nodes if n.op.startswith("call_"))
+    nodes = (n for module in graph_modules(gm) for n in module.graph.nodes)
+    return Counter(op_name(n) for n in nodes if n.op.startswith("call_"))
+
+
+def node_count(gm: fx.GraphModule) -> int:
+    """Nodes of the graph and of the graphs inside it."""
+    return sum(len(module.graph.nodes) for module in graph_modules(gm))
+
+
+def graph_modules(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """``gm`` and the graphs inside it: the bodies of checkpoints and other higher-order ops."""
+    return [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
 
 
 def op_name(node: fx.Node) -> str:

@@ -21,22 +21,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "identity": lambda x: x,
-}
-"""The activations that can be recognised, by the names of ``moefy.ops``."""
+from moefy.ops import ACTIVATIONS
 
 # Constants cut to 8 digits (Megatron's 0.79788456) and casts to fp32 inside a body cost about 1e-7
 # in float64.
@@ -131,7 +119,8 @@ def _run(fn: Body, probes: Sequence[Tensor]) -> Tensor | None:
 
 def _candidates(probes: Sequence[Tensor], feature_dim: int) -> Iterator[tuple[KnownBody, Tensor]]:
     """Every known body with its value at the probes."""
-    for name, act in ACTIVATIONS.items():
+    for name, activation in ACTIVATIONS.items():
+        act = activation.forward
         if len(probes) == 2:
             yield KnownBody(name, "separate", 0), act(probes[0]) * probes[1]
             yield KnownBody(name, "separate", 1), probes[0] * act(probes[1])

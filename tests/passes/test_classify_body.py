@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moefy.passes.classify_body import ACTIVATIONS, classify_body
+from moefy.ops import ACTIVATIONS
+from moefy.passes.classify_body import classify_body
 
 
 def gelu_erf(x):
@@ -53,7 +54,7 @@ def test_plain_body_is_named(name, fn, dtype):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_glu_arrangements(name):
-    act = ACTIVATIONS[name]
+    act = ACTIVATIONS[name].forward
 
     def first(h):
         a, b = h.chunk(2, dim=-1)
