@@ -110,11 +110,18 @@ class EntryLinear(ExpertLinear):
         axis = functional.feature_axis(x.dim(), self.feature_dim)
         if x.shape[axis] != self.in_features:
             raise ShapeError(
-                f"{self.link.name}: expected {self.in_features} features on axis {self.feature_dim}; got {tuple(x.shape)}"
+                f"{self.link.name}: expected {self.in_features} features on axis "
+                f"{self.feature_dim}; got {tuple(x.shape)}"
             )
         routing = self._lead(x) if self.index == 0 else self._follow(x)
         rows = functional.expert_entry(
-            x, self.weight, self.bias, routing.order, routing.offsets, routing.top_k, feature_dim=self.feature_dim
+            x,
+            self.weight,
+            self.bias,
+            routing.order,
+            routing.offsets,
+            routing.top_k,
+            feature_dim=self.feature_dim,
         )
         if carries_subclass(x):
             return with_routing(rows, routing)
@@ -125,7 +132,7 @@ class EntryLinear(ExpertLinear):
         """Route ``x`` and leave the routing on it for the other entries."""
         routing = self.router(x, self.feature_dim)
         if self.count > 1:
-            setattr(x, SOURCE_ATTRIBUTE, (self.link, routing))
+            attach(x, (self.link, routing))
         return routing
 
     def _follow(self, x: torch.Tensor) -> Routing:
@@ -133,11 +140,11 @@ class EntryLinear(ExpertLinear):
         left = getattr(x, SOURCE_ATTRIBUTE, None)
         if left is None or left[0] is not self.link:
             raise RoutingError(
-                f"{self.link.name}: entry {self.index} got a tensor that the FFN's first entry has not routed. All entries "
-                "must read the same tensor object, the first one first"
+                f"{self.link.name}: entry {self.index} got a tensor that the FFN's first entry has "
+                "not routed. All entries must read the same tensor object, the first one first"
             )
         if self.index == self.count - 1:
-            setattr(x, SOURCE_ATTRIBUTE, None)
+            attach(x, None)
         return left[1]
 
 
@@ -180,8 +187,9 @@ class ExitLinear(ExpertLinear):
             routing = self.link.take()
         if routing is None:
             raise RoutingError(
-                f"{self.link.name}: the exit got rows without a routing. Something between the entry and the exit returned a "
-                "plain tensor: a compiled region that ends there, or an extension that ignores tensor subclasses"
+                f"{self.link.name}: the exit got rows without a routing. Something between the "
+                "entry and the exit returned a plain tensor: a compiled region that ends there, or "
+                "an extension that ignores tensor subclasses"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return functional.expert_exit(
@@ -194,6 +202,16 @@ class ExitLinear(ExpertLinear):
                 routing.leading,
                 feature_dim=self.feature_dim,
             )
+
+
+def attach(x: torch.Tensor, value: tuple[FFNLink, Routing] | None) -> None:
+    """Set the routing that waits on ``x``; always taken off again before the FFN ends."""
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
+            setattr, x, SOURCE_ATTRIBUTE, value
+        )
+    else:
+        setattr(x, SOURCE_ATTRIBUTE, value)
 
 
 def carries_subclass(x: torch.Tensor) -> bool:

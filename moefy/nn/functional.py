@@ -1,7 +1,8 @@
-"""The one MoE core as plain functions over ``moefy.ops``: modules, rewritten graphs and ``RoutedRows`` all call these.
+"""The one MoE core as plain functions over ``moefy.ops``.
 
-Contract: ``expert_entry`` keeps the RANK and the feature axis of its input, so that an element-wise body written for the
-dense activation (``chunk(2, dim=-1)``, ``b, t, c = h.shape``, a per-channel scale) keeps its meaning on the rows:
+Modules, rewritten graphs and ``RoutedRows`` all call these. Contract: ``expert_entry`` keeps the RANK
+and the feature axis of its input, so that an element-wise body written for the dense activation
+(``chunk(2, dim=-1)``, ``b, t, c = h.shape``, a per-channel scale) keeps its meaning on the rows:
 
     x [B, S, D]    -> rows [1, N, H]          x [T, D]      -> rows [N, H]
     x [B, D, Y, X] -> rows [N, H, 1, 1]       (feature_dim=1, a 1x1 convolution)
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -55,9 +57,7 @@ def router_logits(x: torch.Tensor, weight_ED: torch.Tensor, feature_dim: int = -
         return torch.mm(as_tokens(x, feature_dim).to(dtype), weight_ED.to(dtype).t())
 
 
-def make_routing(
-    x: torch.Tensor, logits_TE: torch.Tensor, top_k: int, feature_dim: int = -1
-) -> Routing:
+def make_routing(x: torch.Tensor, logits_TE: torch.Tensor, top_k: int, feature_dim: int = -1) -> Routing:
     """The ``Routing`` of ``x`` that the scores ``logits_TE`` ask for."""
     top_k_weights_TK, top_k_index_TK = top_k_softmax(logits_TE, top_k)
     order_N, offsets_E = ops.sort_by_expert(top_k_index_TK, logits_TE.shape[1])
@@ -155,19 +155,17 @@ def expert_exit(
     return y_TO if flat else from_tokens(y_TO, leading, feature_dim)
 
 
-def check_rows(
-    rows: torch.Tensor, rows_NH: torch.Tensor, num_rows: int, rank: int, flat: bool
-) -> None:
+def check_rows(rows: torch.Tensor, rows_NH: torch.Tensor, num_rows: int, rank: int, flat: bool) -> None:
     """Raise ``RoutingError`` unless the body kept the rows it was given."""
     if not flat and rows.dim() != max(rank, 2):
         raise RoutingError(
-            f"the body changed the rank of its rows from {max(rank, 2)} to {rows.dim()} (shape {tuple(rows.shape)}); the exit "
-            "expects the entry's rank, or rows flattened to [N, H]"
+            f"the body changed the rank of its rows from {max(rank, 2)} to {rows.dim()} (shape "
+            f"{tuple(rows.shape)}); the exit expects the entry's rank, or rows flattened to [N, H]"
         )
     if rows_NH.shape[0] != num_rows:
         raise RoutingError(
-            f"the exit got {rows_NH.shape[0]} rows (shape {tuple(rows.shape)}), the entry sent {num_rows}; the body between "
-            "them must be token-wise"
+            f"the exit got {rows_NH.shape[0]} rows (shape {tuple(rows.shape)}), the entry sent "
+            f"{num_rows}; the body between them must be token-wise"
         )
 
 
@@ -223,7 +221,7 @@ def count(shape: Sequence[int]) -> int:
     return total
 
 
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, where the device has autocast at all (``meta`` has not)."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -1,7 +1,8 @@
 """``Routing``: where every token goes. Made once per forward by a router, read by entries, bodies and exits.
 
-Contract: rows are sorted by expert, stable by slot. Sorted row ``r`` holds slot ``order_N[r] = t * K + k``, and
-expert ``e`` owns rows ``offsets_E[e - 1] : offsets_E[e]`` (``offsets_E`` are exclusive ends, as grouped GEMMs read them).
+Contract: rows are sorted by expert, stable by slot. Sorted row ``r`` holds slot
+``order_N[r] = t * K + k``, and expert ``e`` owns rows ``offsets_E[e - 1] : offsets_E[e]``
+(``offsets_E`` are exclusive ends, as grouped GEMMs read them).
 
 Worked example, T=2 tokens, K=1, E=2, token 0 to expert 1 and token 1 to expert 0:
 

@@ -1,0 +1,26 @@
+"""The modules: ``Router``, ``ExpertLinear``, ``MoE``, and the pair that stands in for linears inside a user's block.
+
+They know ``moefy.ops`` and nothing above it; ``functional`` is the core that all of them call.
+"""
+
+from moefy.nn.body import Body, KnownBody
+from moefy.nn.entry_exit import EntryLinear, ExitLinear, FFNLink
+from moefy.nn.expert_linear import ExpertLinear
+from moefy.nn.moe import MoE, WeightRef
+from moefy.nn.routed_rows import RoutedRows
+from moefy.nn.router import Router
+from moefy.nn.routing import Routing
+
+__all__ = [
+    "Body",
+    "EntryLinear",
+    "ExitLinear",
+    "ExpertLinear",
+    "FFNLink",
+    "KnownBody",
+    "MoE",
+    "RoutedRows",
+    "Router",
+    "Routing",
+    "WeightRef",
+]
