@@ -56,16 +56,12 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         "quick_gelu": Activation(forward=_quick_gelu, backward=_quick_gelu_backward),
         "relu": Activation(forward=F.relu, backward=lambda g, x: aten.threshold_backward(g, x, 0)),
         # Squared ReLU: So et al. 2021, "Primer".
-        "relu2": Activation(
-            forward=lambda x: F.relu(x).square(), backward=lambda g, x: g * (2 * F.relu(x))
-        ),
+        "relu2": Activation(forward=lambda x: F.relu(x).square(), backward=lambda g, x: g * (2 * F.relu(x))),
         "silu": Activation(forward=F.silu, backward=lambda g, x: aten.silu_backward(g, x)),
         "sigmoid": Activation(
             forward=torch.sigmoid, backward=lambda g, x: aten.sigmoid_backward(g, x.sigmoid())
         ),
-        "tanh": Activation(
-            forward=torch.tanh, backward=lambda g, x: aten.tanh_backward(g, x.tanh())
-        ),
+        "tanh": Activation(forward=torch.tanh, backward=lambda g, x: aten.tanh_backward(g, x.tanh())),
         "identity": Activation(forward=lambda x: x, backward=lambda g, x: g),
     }
 )

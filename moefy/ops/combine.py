@@ -2,9 +2,9 @@
 
 T tokens, D width, K top-k, N = T*K rows.
 
-Contract: ``out[t] = sum_k w[t, k] * y[row of slot t*K + k]``, added in the order of the choices in fp32 (fp64 if y or w
-is fp64) and rounded once to y's dtype. Rows of dropped slots are zero by contract of ``grouped_linear``. No atomics: the
-bits repeat.
+Contract: ``out[t] = sum_k w[t, k] * y[row of slot t*K + k]``, added in the order of the choices in fp32 (fp64 if y or
+w is fp64) and rounded once to y's dtype. Rows of dropped slots are zero by contract of ``grouped_linear``. No atomics:
+the bits repeat.
 
     >>> y_ND, w_TK = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.25, 0.75]])
     >>> combine(y_ND, w_TK, order_N=torch.tensor([1, 0]))       # row 0 holds slot 1
@@ -68,9 +68,7 @@ def _double_backward(ctx: Any, ggy_ND: Tensor, ggw_TK: Tensor) -> tuple[Tensor |
     return dgrad_TD, *_backward_op(grad_TD, ggy_ND, ggw_TK, order_N), None
 
 
-_op = register(
-    "combine(Tensor y, Tensor top_k_weights, Tensor order) -> Tensor", kernel=_kernel, fake=_fake
-)
+_op = register("combine(Tensor y, Tensor top_k_weights, Tensor order) -> Tensor", kernel=_kernel, fake=_fake)
 _backward_op = register(
     "combine_backward(Tensor grad, Tensor y, Tensor top_k_weights, Tensor order) -> (Tensor, Tensor)",
     kernel=_backward_kernel,
@@ -99,9 +97,9 @@ def combine(y_ND: Tensor, top_k_weights_TK: Tensor, order_N: Tensor) -> Tensor:
     checks.floating("combine", "y", y_ND)
     checks.shape("combine", "top_k_weights", top_k_weights_TK, "[T, K]", 2)
     checks.floating("combine", "top_k_weights", top_k_weights_TK)
-    checks.shape("combine", "order", order_N, "[T*K]", 1)
-    checks.index("combine", "order", order_N, torch.int64)
+    checks.order("combine", order_N)
     checks.same_device("combine", "y", y_ND, {"top_k_weights": top_k_weights_TK, "order": order_N})
+    checks.top_k("combine", top_k_weights_TK.shape[1])
     slots = top_k_weights_TK.shape[0] * top_k_weights_TK.shape[1]
     checks.size("combine", "order length", order_N.shape[0], slots, "T * K")
     checks.size("combine", "number of rows of y", y_ND.shape[0], slots, "T * K")

@@ -1,4 +1,4 @@
-"""``expert_ffn``: a whole expert layer behind the router as one op. Permute, entry GEMMs, activation, exit GEMM, combine.
+"""``expert_ffn``: all that follows the router as one op: permute, entry GEMMs, activation, exit GEMM, combine.
 
 T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; P = H, or 2H for a merged entry.
 
@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moefy.errors import ConfigError
+from moefy.errors import ConfigError, ShapeError
 from moefy.ops import checks
 from moefy.ops.activations import ACTIVATIONS
 from moefy.ops.combine import combine
-from moefy.ops.expert_kernels import ffn_backward_kernel, ffn_kernel, halves
-from moefy.ops.grouped_linear import grouped_linear, linear_arguments, offsets_argument
-from moefy.ops.library import differentiable, register
+from moefy.ops.expert_kernels import Layer, ffn_backward_kernel, ffn_kernel, halves
+from moefy.ops.grouped_linear import grouped_linear
+from moefy.ops.library import autocast_off, differentiable, register
 from moefy.ops.permute import permute
 
 GLU = Literal["none", "separate", "merged_gate_first", "merged_gate_last"]
@@ -40,25 +40,13 @@ _ARGS = (
 _DIFFERENTIABLE = (0, 1, 4, 5, 6, 7, 8, 9)
 
 
-def _fake(
-    x_TD: Tensor,
-    top_k_weights_TK: Tensor,
-    order_N: Tensor,
-    offsets_E: Tensor,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    activation: str,
-    glu: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = order_N.shape[0]
-    gate_shape = (rows, w_gate.shape[1]) if save and w_gate is not None else (0,)
-    up_shape = (rows, w_up.shape[1]) if save else (0,)
-    out_TD = x_TD.new_empty((x_TD.shape[0], w_down.shape[1]))
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *layer_args, save = args
+    layer = Layer._make(layer_args)
+    rows, x_TD = layer.order_N.shape[0], layer.x_TD
+    gate_shape = (rows, layer.w_gate.shape[1]) if save and layer.w_gate is not None else (0,)
+    up_shape = (rows, layer.w_up.shape[1]) if save else (0,)
+    out_TD = x_TD.new_empty((x_TD.shape[0], layer.w_down.shape[1]))
     return out_TD, x_TD.new_empty(gate_shape), x_TD.new_empty(up_shape)
 
 
@@ -89,9 +77,9 @@ def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_TD, *tensors, ctx.activation, ctx.glu, ctx.mask = inputs
+    *tensors, _, _, ctx.activation, ctx.glu, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_TD, *tensors[:-2])
+    ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, *gg: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -100,31 +88,26 @@ def _double_backward(ctx: Any, *gg: Tensor | None) -> tuple[Tensor | None, ...]:
     Each input gets an alias of its own, so that a path from one input to another (weights that come from x) is not
     counted here again. The saved pre-activations are functions of the inputs, hence get no gradient themselves.
     """
-    grad_TD, *tensors = ctx.saved_tensors
     keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(grad_TD.device.type, enabled=False):
-        grad_alias, *alias = [_alias(t, keep_graph) for t in (grad_TD, *tensors)]
-        wanted = [i for i, g in zip(_DIFFERENTIABLE, gg, strict=True) if g is not None]
-        out_TD = composed(*alias, ctx.activation, ctx.glu)
-        first = torch.autograd.grad(
-            out_TD, [alias[i] for i in wanted], grad_alias, create_graph=True
-        )
-        places = [0, *(1 + i for i in _DIFFERENTIABLE if alias[i] is not None)]
+    with torch.enable_grad(), autocast_off(ctx.saved_tensors[0].device.type):
+        alias = [_alias(t, keep_graph) for t in ctx.saved_tensors]
+        inputs = {1 + i: a for i in _DIFFERENTIABLE if (a := alias[1 + i]) is not None}
+        asked = {1 + i: g for i, g in zip(_DIFFERENTIABLE, gg, strict=True) if g is not None}
+        out_TD = composed(Layer._make((*alias[1:], ctx.activation, ctx.glu)))
+        first = torch.autograd.grad(out_TD, [inputs[p] for p in asked], alias[0], create_graph=True)
         second = torch.autograd.grad(
             first,
-            [(grad_alias, *alias)[p] for p in places],
-            [g for g in gg if g is not None],
+            [alias[0], *inputs.values()],
+            list(asked.values()),
             create_graph=keep_graph,
             allow_unused=True,
         )
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for place, value in zip(places, second, strict=True):
-        grads[place] = value if ctx.needs_input_grad[place] else None
-    return tuple(grads)
+    grads = dict(zip((0, *inputs), second, strict=True))
+    return tuple(grads.get(p) if need else None for p, need in enumerate(ctx.needs_input_grad))
 
 
-def _alias(value: Tensor | None, keep_graph: bool) -> Tensor | None:
-    """``value`` as a tensor that requires grad, still attached to its history when a graph is wanted."""
+def _alias(value: Any, keep_graph: bool) -> Any:
+    """A floating ``value`` as a tensor that requires grad, still attached to its history when a graph is wanted."""
     if value is None or not value.is_floating_point():
         return value
     if keep_graph and value.requires_grad:
@@ -132,41 +115,25 @@ def _alias(value: Tensor | None, keep_graph: bool) -> Tensor | None:
     return value.detach().requires_grad_()
 
 
-def composed(
-    x_TD: Tensor,
-    top_k_weights_TK: Tensor,
-    order_N: Tensor,
-    offsets_E: Tensor,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    activation: str,
-    glu: str,
-) -> Tensor:
+def composed(layer: Layer) -> Tensor:
     """The same function out of ``permute``, ``grouped_linear`` and ``combine``."""
-    act = ACTIVATIONS[activation].forward
-    rows_ND = permute(x_TD, order_N, top_k_weights_TK.shape[1])
-    up_NP = grouped_linear(rows_ND, w_up, b_up, offsets_E)
-    gate_NH = None
-    if w_gate is not None:
-        gate_NH = grouped_linear(rows_ND, w_gate, b_gate, offsets_E)
-    elif glu != "none":
-        gate_NH, up_NP = halves(up_NP, glu)
+    act = ACTIVATIONS[layer.activation].forward
+    rows_ND = permute(layer.x_TD, layer.order_N, layer.weights_TK.shape[1])
+    up_NP, gate_NH = grouped_linear(rows_ND, layer.w_up, layer.b_up, layer.offsets_E), None
+    if layer.w_gate is not None:
+        gate_NH = grouped_linear(rows_ND, layer.w_gate, layer.b_gate, layer.offsets_E)
+    elif layer.glu != "none":
+        gate_NH, up_NP = halves(up_NP, layer.glu)
     hidden_NH = act(up_NP) if gate_NH is None else act(gate_NH) * up_NP
-    return combine(
-        grouped_linear(hidden_NH, w_down, b_down, offsets_E), top_k_weights_TK, order_N
-    )
+    y_ND = grouped_linear(hidden_NH, layer.w_down, layer.b_down, layer.offsets_E)
+    return combine(y_ND, layer.weights_TK, layer.order_N)
 
 
-_GEMM_ARGS = ("x", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")
 _op = register(
     f"expert_ffn({_ARGS}, str activation, str glu, bool save) -> (Tensor, Tensor, Tensor)",
     kernel=ffn_kernel,
     fake=_fake,
-    gemm_args=_GEMM_ARGS,
+    gemm_args=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down"),
 )
 _backward_op = register(
     f"expert_ffn_backward(Tensor grad, {_ARGS}, Tensor gate_rows, Tensor up_rows, str activation, str glu, "
@@ -218,67 +185,63 @@ def expert_ffn(
         ShapeError, DtypeError, DeviceError: for tensors that are not as above.
         RoutingError: for an order or offsets that address rows that do not exist (CPU).
     """
-    _check(x_TD, top_k_weights_TK, order_N, w_up, b_up, w_down, b_down, w_gate, b_gate, glu)
-    _check_options(activation, glu, w_gate, b_gate)
-    offsets_argument("expert_ffn", "x", x_TD, offsets_E, w_up.shape[0])
-    tensors = (x_TD, top_k_weights_TK, w_gate, b_gate, w_up, b_up, w_down, b_down)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _op(
+    layer = Layer(
         x_TD, top_k_weights_TK, order_N, offsets_E, w_gate, b_gate, w_up, b_up, w_down, b_down,
-        activation, glu, save,
-    )[0]  # fmt: skip
+        activation, glu,
+    )  # fmt: skip
+    _check_options(layer)
+    _check_routing(layer)
+    _check_entries(layer)
+    _check_exit(layer)
+    save = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in layer)
+    return _op(*layer, save)[0]
 
 
-def _check_options(activation: str, glu: str, w_gate: Tensor | None, b_gate: Tensor | None) -> None:
-    if activation not in ACTIVATIONS:
-        raise ConfigError("activation", got=activation, expected=f"one of {', '.join(ACTIVATIONS)}")
-    if glu not in GLU_FORMS:
-        raise ConfigError("glu", got=glu, expected=f"one of {', '.join(GLU_FORMS)}")
-    if (w_gate is not None) != (glu == "separate"):
-        given = "none" if w_gate is None else "a tensor"
+def _check_options(layer: Layer) -> None:
+    if layer.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ConfigError("activation", got=layer.activation, expected=f"one of {known}")
+    if layer.glu not in GLU_FORMS:
+        raise ConfigError("glu", got=layer.glu, expected=f"one of {', '.join(GLU_FORMS)}")
+    if (layer.w_gate is not None) != (layer.glu == "separate"):
+        given = "nothing" if layer.w_gate is None else "a tensor"
         raise ConfigError("w_gate", got=given, expected="a tensor if and only if glu='separate'")
-    if b_gate is not None and w_gate is None:
-        raise ConfigError("b_gate", got="a tensor", expected="None without w_gate")
+    if layer.b_gate is not None and layer.w_gate is None:
+        raise ConfigError("b_gate", got="a tensor", expected="None where there is no w_gate")
 
 
-def _check(
-    x_TD: Tensor,
-    top_k_weights_TK: Tensor,
-    order_N: Tensor,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    glu: str,
-) -> None:
-    op = "expert_ffn"
+def _check_routing(layer: Layer) -> None:
+    op, x_TD, weights_TK, order_N = "expert_ffn", layer.x_TD, layer.weights_TK, layer.order_N
     checks.shape(op, "x", x_TD, "[T, D]", 2)
     checks.floating(op, "x", x_TD)
-    checks.shape(op, "top_k_weights", top_k_weights_TK, "[T, K]", 2)
-    checks.floating(op, "top_k_weights", top_k_weights_TK)
-    checks.shape(op, "order", order_N, "[T*K]", 1)
-    checks.index(op, "order", order_N, torch.int64)
-    checks.same_device(op, "x", x_TD, {"top_k_weights": top_k_weights_TK, "order": order_N})
-    tokens, top_k = top_k_weights_TK.shape
-    checks.top_k(op, top_k)
-    checks.size(op, "top_k_weights.shape[0]", tokens, x_TD.shape[0], "T")
-    checks.size(op, "order length", order_N.shape[0], tokens * top_k, "T * K")
-    linear_arguments(op, "x", x_TD, "w_up", w_up, "b_up", b_up)
+    checks.shape(op, "top_k_weights", weights_TK, "[T, K]", 2)
+    checks.floating(op, "top_k_weights", weights_TK)
+    checks.order(op, order_N)
+    checks.same_device(op, "x", x_TD, {"top_k_weights": weights_TK, "order": order_N})
+    checks.top_k(op, weights_TK.shape[1])
+    checks.size(op, "top_k_weights.shape[0]", weights_TK.shape[0], x_TD.shape[0], "T")
+    checks.size(op, "order length", order_N.shape[0], weights_TK.numel(), "T * K")
+
+
+def _check_entries(layer: Layer) -> None:
+    op, w_up, w_gate = "expert_ffn", layer.w_up, layer.w_gate
+    checks.linear(op, "x", layer.x_TD, "w_up", w_up, "b_up", layer.b_up)
+    checks.offsets(op, "x", layer.x_TD, layer.offsets_E, w_up.shape[0])
     if w_gate is not None:
-        linear_arguments(op, "x", x_TD, "w_gate", w_gate, "b_gate", b_gate)
+        checks.linear(op, "x", layer.x_TD, "w_gate", w_gate, "b_gate", layer.b_gate)
         checks.size(op, "w_gate.shape[0]", w_gate.shape[0], w_up.shape[0], "w_up.shape[0]")
         checks.size(op, "w_gate.shape[1]", w_gate.shape[1], w_up.shape[1], "w_up.shape[1]")
-    hidden_EH = w_up.shape[1] // 2 if glu.startswith("merged") else w_up.shape[1]
-    merged_EH = hidden_EH * 2 if glu.startswith("merged") else hidden_EH
-    checks.size(op, "w_up.shape[1]", w_up.shape[1], merged_EH, "an even number")
-    checks.shape(op, "w_down", w_down, "[E, out, H]", 3)
-    checks.size(op, "w_down.shape[0]", w_down.shape[0], w_up.shape[0], "w_up.shape[0]")
-    checks.size(op, "w_down.shape[2]", w_down.shape[2], hidden_EH, "H")
-    if b_down is not None:
-        checks.shape(op, "b_down", b_down, "[E, out]", 2)
-        checks.size(op, "b_down.shape[0]", b_down.shape[0], w_down.shape[0], "w_down.shape[0]")
-        checks.size(op, "b_down.shape[1]", b_down.shape[1], w_down.shape[1], "w_down.shape[1]")
-    checks.same_device(op, "x", x_TD, {"w_down": w_down, "b_down": b_down})
-    checks.same_dtype(op, "x", x_TD, {"w_down": w_down, "b_down": b_down})
+
+
+def _check_exit(layer: Layer) -> None:
+    op, w_down, width = "expert_ffn", layer.w_down, layer.w_up.shape[1]
+    if layer.glu.startswith("merged"):
+        if width % 2:
+            raise ShapeError(
+                f"moefy.{op}: w_up.shape[1] cannot be halved; got {width}; expected an even number for "
+                f"glu={layer.glu!r}"
+            )
+        width //= 2
+    checks.weight(op, "x", layer.x_TD, "w_down", w_down, "b_down", layer.b_down)
+    checks.size(op, "w_down.shape[0]", w_down.shape[0], layer.w_up.shape[0], "w_up.shape[0]")
+    checks.size(op, "w_down.shape[2]", w_down.shape[2], width, "hidden width")

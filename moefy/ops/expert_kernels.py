@@ -2,8 +2,8 @@
 
 T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; P = H, or 2H for a merged entry.
 
-Contract: as ``moefy/ops/expert_ffn.py``. The gradient of the routing weights needs no expert output again:
-``<grad, h @ W.T + b> = <grad @ W, h> + <grad, b>`` (as SonicMoE, Guo et al. 2025, does), and ``grad @ W`` is needed anyway.
+Contract: as ``moefy/ops/expert_ffn.py``. The gradient of the routing weights needs no expert output again (as in
+SonicMoE, Guo et al. 2025): ``<grad, h @ W.T + b> = <grad @ W, h> + <grad, b>``, and ``grad @ W`` is needed anyway.
 
     >>> gate_NH, up_NH = halves(torch.tensor([[1.0, 2.0]]), "merged_gate_last")
     >>> gate_NH, up_NH
@@ -70,24 +70,24 @@ def halves(merged_NP: Tensor, glu: str) -> tuple[Tensor, Tensor]:
 def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, pre-activations of a separate gate, of the other entry)``; what is not saved is empty."""
     *layer_args, save = args
-    layer = Layer(*layer_args)
+    layer = Layer._make(layer_args)
     bounds = layer.bounds("expert_ffn")
     rows_ND = layer.x_TD.index_select(0, layer.token_N("expert_ffn"))
     gate_rows, up_rows = _entry(layer, rows_ND, bounds)
     del rows_ND
     hidden_NH = _body(layer, gate_rows, up_rows)
-    nothing = layer.x_TD.new_empty(0)
-    saved = (nothing if gate_rows is None else gate_rows, up_rows) if save else (nothing, nothing.clone())
+    saved_gate = gate_rows if save and gate_rows is not None else layer.x_TD.new_empty(0)
+    saved_up = up_rows if save else layer.x_TD.new_empty(0)
     del gate_rows, up_rows
     y_ND = rows_times(hidden_NH, layer.w_down, layer.b_down, bounds)
     out_TD = weighted_sum(y_ND, layer.weights_TK, layer.order_N, layer.weights_TK.shape[1])
-    return out_TD, *saved
+    return out_TD, saved_gate, saved_up
 
 
 def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); unasked ones are empty."""
     *tensors, gate_rows, up_rows, activation, glu, mask = args
-    layer, want = Layer(*tensors, activation, glu), Wanted(*mask)
+    layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
     bounds, token_N = layer.bounds("expert_ffn_backward"), layer.token_N("expert_ffn_backward")
     rows_ND = layer.x_TD.index_select(0, token_N)
     gate_rows = None if layer.w_gate is None else gate_rows
@@ -98,7 +98,7 @@ def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weight_N1 = layer.weights_TK.reshape(-1).index_select(0, layer.order_N).unsqueeze(1)
     dhidden_NH = rows_times(grad_ND, layer.w_down.transpose(1, 2), None, bounds)
     hidden_NH = _body(layer, gate_rows, up_rows)
-    result = dict.fromkeys(Wanted._fields, None)
+    result: dict[str, Tensor | None] = dict.fromkeys(Wanted._fields)
     if want.weights:
         result["weights"] = _weights_grad(layer, grad_ND, dhidden_NH, hidden_NH, bounds)
     grad_ND = _scaled(grad_ND, weight_N1)
@@ -121,9 +121,7 @@ def _entry(layer: Layer, rows_ND: Tensor, bounds: Bounds) -> tuple[Tensor | None
     return gate, rows_times(rows_ND, layer.w_up, layer.b_up, bounds)
 
 
-def _gate_and_up(
-    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor
-) -> tuple[Tensor | None, Tensor]:
+def _gate_and_up(layer: Layer, gate_rows: Tensor | None, up_rows: Tensor) -> tuple[Tensor | None, Tensor]:
     """``(gate or None, up)``, whatever the GLU form."""
     return halves(up_rows, layer.glu) if layer.glu.startswith("merged") else (gate_rows, up_rows)
 

@@ -13,7 +13,7 @@ its weights are not read. Nothing here is differentiable; the ops above give the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 Bounds = Sequence[tuple[int, int]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bf16 instructions (AMX or AVX512-BF16)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -51,9 +51,7 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, a, b, out=out)
 
 
-def rows_times(
-    x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, bounds: Bounds
-) -> Tensor:
+def rows_times(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, bounds: Bounds) -> Tensor:
     """``x[r] @ weight[e].T + bias[e]`` for every row r of every expert e: [N, O]."""
     out_NO = x_NI.new_empty((x_NI.shape[0], weight_EOI.shape[1]))
     biases = [None] * len(bounds) if bias_EO is None else bias_EO.unbind(0)

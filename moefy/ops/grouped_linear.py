@@ -50,8 +50,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (x_NI.shape, weight_EOI.shape, weight_EOI.shape[:2])
     dx, dweight, dbias = (
-        grad_NO.new_empty(shape if wanted else (0,))
-        for shape, wanted in zip(shapes, mask, strict=True)
+        grad_NO.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, mask, strict=True)
     )
     return dx, dweight, dbias
 
@@ -72,26 +71,22 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*tensors)
 
 
-def _double_backward(
-    ctx: Any, ggx_NI: Tensor, ggw_EOI: Tensor, ggb_EO: Tensor
-) -> tuple[Tensor | None, ...]:
+def _double_backward(ctx: Any, ggx_NI: Tensor, ggw_EOI: Tensor, ggb_EO: Tensor) -> tuple[Tensor | None, ...]:
     """The backward is bilinear in (grad, weight), (grad, x) and linear in grad: the same two ops again.
 
-    ``ggx`` plays x's part and ``ggw`` weight's: dgrad = ggx @ W.T + x @ ggw.T + ggb, dx = grad @ ggw, dW = grad.T @ ggx.
+    ``ggx`` plays x's part and ``ggw`` weight's:
+    dgrad = ggx @ W.T + x @ ggw.T + ggb, dx = grad @ ggw, dW = grad.T @ ggx.
     """
     grad_NO, x_NI, weight_EOI, offsets_E = ctx.saved_tensors
     with_x, with_w, with_b = ctx.mask
-    dgrad_NO = torch.zeros_like(grad_NO)
+    ggw_EOI = ggw_EOI if with_w else torch.zeros_like(weight_EOI)
+    dgrad_NO = _op(x_NI, ggw_EOI, ggb_EO if with_b else None, offsets_E)
     if with_x:
         dgrad_NO = dgrad_NO + _op(ggx_NI, weight_EOI, None, offsets_E)
-    if with_w or with_b:
-        ggw_EOI = ggw_EOI if with_w else torch.zeros_like(weight_EOI)
-        dgrad_NO = dgrad_NO + _op(x_NI, ggw_EOI, ggb_EO if with_b else None, offsets_E)
     mask = [with_w and ctx.needs_input_grad[1], with_x and ctx.needs_input_grad[2], False]
-    # An operand whose product is not asked for only lends its shape.
+    # Without ggx its product is not asked for; x only lends its shape.
     x_part = ggx_NI if with_x else x_NI
-    w_part = ggw_EOI if with_w else weight_EOI
-    dx_NI, dw_EOI, _ = _backward_op(grad_NO, x_part, w_part, offsets_E, mask)
+    dx_NI, dw_EOI, _ = _backward_op(grad_NO, x_part, ggw_EOI, offsets_E, mask)
     return dgrad_NO, dx_NI if mask[0] else None, dw_EOI if mask[1] else None, None, None
 
 
@@ -111,9 +106,7 @@ differentiable(_op, setup=_setup, backward=_backward)
 differentiable(_backward_op, setup=_setup_backward, backward=_double_backward)
 
 
-def grouped_linear(
-    x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor
-) -> Tensor:
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
     """Apply each expert's linear layer to its rows.
 
     Args:
@@ -131,29 +124,6 @@ def grouped_linear(
     """
     checks.shape("grouped_linear", "x", x_NI, "[N, I]", 2)
     checks.floating("grouped_linear", "x", x_NI)
-    linear_arguments("grouped_linear", "x", x_NI, "weight", weight_EOI, "bias", bias_EO)
-    offsets_argument("grouped_linear", "x", x_NI, offsets_E, weight_EOI.shape[0])
+    checks.linear("grouped_linear", "x", x_NI, "weight", weight_EOI, "bias", bias_EO)
+    checks.offsets("grouped_linear", "x", x_NI, offsets_E, weight_EOI.shape[0])
     return _op(x_NI, weight_EOI, bias_EO, offsets_E)
-
-
-def linear_arguments(
-    op: str, x_name: str, x: Tensor, w_name: str, weight: Tensor, b_name: str, bias: Tensor | None
-) -> None:
-    """``weight`` is [E, O, I] with I = x's width, ``bias`` [E, O] or None; dtype and device agree with x."""
-    checks.shape(op, w_name, weight, "[E, out, in]", 3)
-    checks.floating(op, w_name, weight)
-    checks.size(op, f"{x_name}.shape[-1]", x.shape[-1], weight.shape[2], f"{w_name}.shape[2]")
-    if bias is not None:
-        checks.shape(op, b_name, bias, "[E, out]", 2)
-        checks.size(op, f"{b_name}.shape[0]", bias.shape[0], weight.shape[0], f"{w_name}.shape[0]")
-        checks.size(op, f"{b_name}.shape[1]", bias.shape[1], weight.shape[1], f"{w_name}.shape[1]")
-    checks.same_device(op, x_name, x, {w_name: weight, b_name: bias})
-    checks.same_dtype(op, x_name, x, {w_name: weight, b_name: bias})
-
-
-def offsets_argument(op: str, x_name: str, x: Tensor, offsets_E: Tensor, num_experts: int) -> None:
-    """``offsets_E`` is [E] int32 on x's device."""
-    checks.shape(op, "offsets", offsets_E, "[E]", 1)
-    checks.index(op, "offsets", offsets_E, torch.int32)
-    checks.size(op, "offsets length", offsets_E.shape[0], num_experts, "number of experts")
-    checks.same_device(op, x_name, x, {"offsets": offsets_E})

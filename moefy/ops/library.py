@@ -1,6 +1,6 @@
 """Registration of moefy's ops with ``torch.library``: one call per op, so that every op has every part.
 
-Contract: an op has a schema, a fake (shapes only), a kernel for CPU and for CUDA, and an autocast rule; a
+Contract: an op has a schema, a fake (shapes only), a kernel for CPU and for CUDA, an autocast and a vmap rule; a
 differentiable one also has an autograd formula, whose backward is itself a registered op. Kernels never return
 views of their inputs, always return contiguous tensors, and give the same bits for the same inputs.
 
@@ -12,6 +12,7 @@ views of their inputs, always return contiguous tensors, and give the same bits 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def register(
     cast = tuple(a.name in gemm_args for a in overload._schema.arguments)
     for device in DEVICES:
         _LIBRARY.impl(name, _autocast_rule(overload, device, cast), f"Autocast{device}")
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", _vmap_rule(overload), lib=_LIBRARY)
     return overload
 
 
@@ -61,9 +63,14 @@ def differentiable(
     torch.library.register_autograd(op._schema.name, backward, setup_context=setup, lib=_LIBRARY)
 
 
-def _autocast_rule(
-    op: torch._ops.OpOverload, device: str, cast: tuple[bool, ...]
-) -> Callable[..., Any]:
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    """A context without autocast, on any kind of device."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _autocast_rule(op: torch._ops.OpOverload, device: str, cast: tuple[bool, ...]) -> Callable[..., Any]:
     """Run ``op`` with its GEMM operands in the autocast dtype and autocast off inside.
 
     ``torch.library.register_autocast`` would cast every floating argument, the fp32 routing weights too. Ops
@@ -85,3 +92,18 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value if value.dtype is torch.float64 else value.to(dtype)
+
+
+def _vmap_rule(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """``torch.vmap`` by a loop: routing differs from sample to sample, so there is no batched kernel."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule

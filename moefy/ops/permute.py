@@ -78,9 +78,7 @@ def _sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
     return _op(grad_TD, ctx.saved_tensors[0], ctx.top_k), None, None
 
 
-_op = register(
-    "permute(Tensor x, Tensor order, int top_k) -> Tensor", kernel=_kernel, fake=_fake
-)
+_op = register("permute(Tensor x, Tensor order, int top_k) -> Tensor", kernel=_kernel, fake=_fake)
 _sum_op = register(
     "sum_slots(Tensor rows, Tensor order, int top_k) -> Tensor", kernel=_sum_kernel, fake=_sum_fake
 )
@@ -105,8 +103,7 @@ def permute(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     """
     checks.shape("permute", "x", x_TD, "[T, D]", 2)
     checks.floating("permute", "x", x_TD)
-    checks.shape("permute", "order", order_N, "[T*K]", 1)
-    checks.index("permute", "order", order_N, torch.int64)
+    checks.order("permute", order_N)
     checks.top_k("permute", top_k)
     checks.same_device("permute", "x", x_TD, {"order": order_N})
     checks.size("permute", "order length", order_N.shape[0], x_TD.shape[0] * top_k, "T * top_k")

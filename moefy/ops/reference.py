@@ -31,9 +31,7 @@ def permute(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     return x_TD[order_N // top_k]
 
 
-def grouped_linear(
-    x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor
-) -> Tensor:
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
     """Every expert on every row, each row keeping only its own expert's result."""
     row_N = torch.arange(x_NI.shape[0], device=x_NI.device)
     out_NO = x_NI.new_zeros(x_NI.shape[0], weight_EOI.shape[1])

@@ -19,9 +19,16 @@ from moefy.errors import ShapeError
 from moefy.ops import checks
 from moefy.ops.library import register
 
+MAX_ROWS = 2**31 - 1
+
 
 def _kernel(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ids_N = top_k_index_TK.reshape(-1)
+    if ids_N.shape[0] > MAX_ROWS:
+        raise ShapeError(
+            f"moefy.sort_by_expert: too many slots for int32 offsets; got T * K = {ids_N.shape[0]}; "
+            f"expected at most {MAX_ROWS}"
+        )
     dropped_N = (ids_N < 0) | (ids_N >= num_experts)
     sorted_N, order_N = torch.where(dropped_N, num_experts, ids_N).sort(stable=True)
     experts_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=ids_N.device)
