@@ -225,7 +225,7 @@ def layer_errors(
 ) -> dict[str, float]:
     """The errors of every call of every rewritten layer in one forward of the model."""
     dtype = torch.float64 if family.fp64 else torch.float32
-    model.to(dtype)
+    model.to(dtype).requires_grad_()
     captures = [Capture(model, layer) for layer in rewritten]
     args, kwargs = cast(args, dtype), cast(kwargs, dtype)
     for t in tensors([*args, *kwargs.values()]):

@@ -7,12 +7,14 @@ from zoo.families import (
     hf_encoders,
     hf_lookalikes,
     hf_vision_speech,
+    other_libraries,
     plain_aligned,
     plain_forms,
     plain_inline,
     plain_lookalikes,
     plain_refused,
     plain_residual,
+    timm_models,
     torch_transformer,
 )
 
@@ -21,11 +23,13 @@ __all__ = [
     "hf_encoders",
     "hf_lookalikes",
     "hf_vision_speech",
+    "other_libraries",
     "plain_aligned",
     "plain_forms",
     "plain_inline",
     "plain_lookalikes",
     "plain_refused",
     "plain_residual",
+    "timm_models",
     "torch_transformer",
 ]

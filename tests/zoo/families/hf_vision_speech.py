@@ -128,7 +128,7 @@ hf("moonshine", "MoonshineModel",
          "max_position_embeddings": 32, "pad_token_id": 0},
    inputs=lambda: {"input_values": torch.randn(1, 1600), "use_cache": False,
                    "decoder_input_ids": torch.randint(3, 40, (1, 4))},
-   why="Moonshine: plain gelu MLP in the encoder, merged GLU with the second half activated in the decoder")  # fmt: skip
+   why="Moonshine: plain gelu MLP in the encoder, merged GLU, second half activated, in the decoder")  # fmt: skip
 hf("audio_spectrogram", "ASTModel", mlps("layers.{}.mlp"), base=VISION,
    inputs=lambda: {"input_values": torch.randn(2, 8, 8)}, num_mel_bins=8, max_length=8,
    frequency_stride=4, time_stride=4, why="ASTMLP as ViT's")  # fmt: skip
@@ -147,4 +147,4 @@ hf("patchtsmixer", "PatchTSMixerModel",
          "self_attn": False, "dropout": 0.1},
    inputs=lambda: {"past_values": torch.randn(2, 16, 2)},
    refused={"mixers.0.patch_mixer.mlp": "feature-axis", "mixers.1.patch_mixer.mlp": "feature-axis"},
-   why="PatchTSMixer: the patch mixer's MLP runs on the transposed patch axis, the feature mixer's is an FFN")  # fmt: skip
+   why="the patch mixer's MLP runs on the transposed patch axis, the feature mixer's is an FFN")  # fmt: skip

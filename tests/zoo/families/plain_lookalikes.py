@@ -1,4 +1,4 @@
-"""Hand-written look-alikes that fail outside the body: no residual, escapes, heads, LoRA, quantised, existing MoE, hooks."""
+"""Hand-written look-alikes that fail outside the body: no residual, escapes, heads, LoRA, quantised, MoE, hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hand-written look-alikes: linear, something, linear, and yet no FFN that can become an MoE. Each with its reason code."""
+"""Hand-written look-alikes: linear, something that is not token-wise, linear. Each with its reason code."""
 
 from __future__ import annotations
 
