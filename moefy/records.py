@@ -20,7 +20,8 @@ class FFNMatch:
 
     ``fqn`` is the owner whose whole forward is the FFN when there is one (``form == "module"``), else the deepest
     module that holds all its linears. ``reason`` is ``None`` when the FFN can be rewritten, else it says why not, and
-    ``code`` is the reason's stable short name ("no-residual", "norm-between", ...).
+    ``code`` is the reason's stable short name ("no-residual", "norm-between", ...). ``multiply_adds`` are per token and
+    call.
     """
 
     fqn: str
@@ -34,6 +35,7 @@ class FFNMatch:
     form: Form
     calls: int = 1
     params: int = 0
+    multiply_adds: int = 0
     reason: str | None = None
     code: str | None = None
 

@@ -172,8 +172,13 @@ def run_pipeline(
         check_names(disable)
         passes = [cls() for cls in _registry.values()]
     records = tuple(p(gm) for p in passes if p.name not in disable)
-    _history.append(PipelineRun(graph=graph, records=records))
+    add_run(graph, records)
     return records
+
+
+def add_run(graph: str, records: tuple[PassRecord, ...]) -> None:
+    """Append to the history."""
+    _history.append(PipelineRun(graph=graph, records=records))
 
 
 def history() -> tuple[PipelineRun, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from moefy.passes.regions import Region, keeps_last_axis
 from moefy.passes.trace import ModuleCall, Trace
@@ -80,6 +80,9 @@ def _copy(graph: fx.Graph, node: fx.Node, value: Any, owner: str | None) -> fx.N
         args, kwargs = _live_dropout(graph, node, args, kwargs, owner)
     if kwargs.get("inplace"):
         kwargs["inplace"] = False
+    name = getattr(target, "__name__", "")
+    if name and getattr(Tensor, name, None) is target:  # a Tensor method: it has no importable name
+        return graph.call_method(name, args, kwargs)
     return graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
 
 

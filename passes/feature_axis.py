@@ -27,10 +27,29 @@ from moefy.passes.vocabulary import (
 )
 
 _LAST = frozenset(
-    ["embedding", "linear", "layer_norm", "native_layer_norm", "rms_norm", "scaled_dot_product_attention", "addmm"]
+    [
+        "embedding",
+        "linear",
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "scaled_dot_product_attention",
+        "addmm",
+    ]
 )
 _CHANNEL = frozenset(
-    ["batch_norm", "group_norm", "native_group_norm", "instance_norm", "max_pool1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "avg_pool1d", "interpolate"]
+    [
+        "batch_norm",
+        "group_norm",
+        "native_group_norm",
+        "instance_norm",
+        "max_pool1d",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "avg_pool1d",
+        "interpolate",
+    ]
 )
 
 

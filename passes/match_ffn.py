@@ -26,14 +26,14 @@ raw-parameters            no module of its own to replace
 from __future__ import annotations
 
 import dataclasses
-import math
 import os.path
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import fx
 
 from moefy.passes.body_graph import OutsideOwner, body_graph, tail_graph
-from moefy.passes.classify_body import classify_body
+from moefy.passes.classify_body import KnownBody, classify_body
 from moefy.passes.feature_axis import FeatureAxes
 from moefy.passes.linears import LinearSite, find_linears
 from moefy.passes.regions import Region, find_regions, keeps_last_axis, look_through
@@ -68,7 +68,8 @@ Refusal = tuple[str, str]
 class Match:
     """One candidate with all its call sites; ``regions[0]`` describes it, ``record`` is its public face.
 
-    ``returns_tuple`` tells that the owner answers ``(out, bias)`` (Megatron); ``exit_bias`` is then that bias.
+    ``returns_tuple`` tells that the owner answers ``(out, bias)`` (Megatron). ``body`` and ``tail`` are there when
+    ``record.form`` is "module", ``known`` when the expert op computes the body by itself.
     """
 
     regions: list[Region]
@@ -76,6 +77,7 @@ class Match:
     returns_tuple: bool = False
     body: fx.Graph | None = None
     tail: fx.Graph | None = None
+    known: KnownBody | None = None
 
     @property
     def region(self) -> Region:
@@ -95,7 +97,7 @@ class Matcher:
         self.trace = trace
         self.sites = find_linears(trace)
         self.axes = FeatureAxes(self.sites)
-        self._activations: dict[str, str] = {}
+        self._known: dict[str, KnownBody | None] = {}
         nodes = {n.meta["seq"]: n for n in trace.graph.nodes if n.op == "call_function"}
         self._attributes = [str(n.target) for n in trace.graph.nodes if n.op == "get_attr"]
         self.calls_by_seq = [nodes.get(i) for i in range(max(nodes, default=-1) + 1)]
@@ -128,8 +130,9 @@ class Matcher:
                 form = "linears" if all(map(self._swappable, regions)) else None
         if refusal is None and form is None:
             refusal = self._unwritable(regions[0])
-        record = self._record(regions, refusal, form or "linears", fqn)
-        return Match(regions, record, returns_tuple, body, tail)
+        known = self._probe(regions[0])
+        record = self._record(regions, refusal, form or "linears", fqn, known)
+        return Match(regions, record, returns_tuple, body, tail, known)
 
     # -- rules ---------------------------------------------------------------------------------------------------
     def _refuse(self, region: Region) -> Refusal | None:
@@ -234,7 +237,7 @@ class Matcher:
     def _form(self, regions: list[Region], owner: tuple[str, bool] | None) -> tuple[Form | None, str, bool]:
         common = _common_fqn([s.name for s in _sites_of(regions[0])])
         if self.trace.source == "fx graph" and not (owner and self._within_one_call(regions[0])):
-            return "graph", common, False
+            return ("graph" if all(map(_graph_visible, regions)) else None), common, False
         if owner is not None:
             return "module", owner[0], owner[1]
         return ("linears" if all(map(self._swappable, regions)) else None), common, False
@@ -310,7 +313,9 @@ class Matcher:
         return None
 
     # -- the record ----------------------------------------------------------------------------------------------
-    def _record(self, regions: list[Region], refusal: Refusal | None, form: Form, fqn: str) -> FFNMatch:
+    def _record(
+        self, regions: list[Region], refusal: Refusal | None, form: Form, fqn: str, known: KnownBody | None
+    ) -> FFNMatch:
         region = regions[0]
         sites = _sites_of(region)
         splits = any(op_name(n) in SPLITS or op_name(n) == "getitem" for n in region.body)
@@ -319,43 +324,37 @@ class Matcher:
             entries=tuple(e.name for e in region.entries),
             exit=region.exit.name,
             kind="glu" if len(region.entries) > 1 or splits else "mlp",
-            activation=self._activation(region),
+            activation=known.activation if known is not None else _op_names(region),
             d_model=region.exit.out_features,
             d_hidden=region.exit.in_features,
             bias=any(s.bias is not None for s in sites),
             form=form,
             calls=len(regions),
-            params=sum(
-                math.prod((s.in_features, s.out_features)) + s.out_features * bool(s.bias) for s in sites
-            ),
+            params=sum(s.in_features * s.out_features + s.out_features * bool(s.bias) for s in sites),
+            multiply_adds=sum(s.in_features * s.out_features for s in sites),
             code=refusal[0] if refusal else None,
             reason=refusal[1] if refusal else None,
         )
 
-    def _activation(self, region: Region) -> str:
-        """The known activation that the body computes, found by probing it, else the names of its ops."""
-        names = [op_name(n) for n in region.body if not parameter_only(n)]
-        plain = [
-            n for n in names if n not in CASTS | RESHAPES | SPLITS and n not in ("getitem", "dropout", "mul")
-        ]
-        text = "+".join(dict.fromkeys(plain)) or "product"
+    def _probe(self, region: Region) -> KnownBody | None:
+        """What the body computes, found by running it on numbers; None when it has parameters or is not known."""
         if region.issues:
-            return text
+            return None
         graph = body_graph(self.trace, region, None)
-        signature = str(graph)
-        if signature not in self._activations:
-            self._activations[signature] = _probe(graph, region) or text
-        return self._activations[signature]
+        if any(n.op == "get_attr" for n in graph.nodes):
+            return None
+        signature = f"{graph} {[e.out_features for e in region.entries]}"
+        if signature not in self._known:
+            body = fx.GraphModule(torch.nn.Module(), graph)
+            self._known[signature] = classify_body(body, [e.out_features for e in region.entries])
+        return self._known[signature]
 
 
-def _probe(graph: fx.Graph, region: Region) -> str | None:
-    if any(n.op == "get_attr" for n in graph.nodes):
-        return None
-    import torch
-
-    body = fx.GraphModule(torch.nn.Module(), graph)
-    known = classify_body(body, [e.out_features for e in region.entries])
-    return known.activation if known is not None else None
+def _op_names(region: Region) -> str:
+    """The names of the body's ops, for a body that is none of the known ones."""
+    plain = CASTS | RESHAPES | SPLITS | DROPOUTS | {"getitem", "mul"}
+    names = [op_name(n) for n in region.body if not parameter_only(n)]
+    return "+".join(dict.fromkeys(n for n in names if n not in plain)) or "product"
 
 
 def _answer(call: ModuleCall, region: Region) -> tuple[str, bool] | None:
@@ -391,6 +390,13 @@ def _dropout_tail(out: fx.Node, exit_out: fx.Node) -> list[fx.Node] | None:
             return [] if look_through(exit_out) is look_through(out) else None
         node = next(iter(tensor_inputs(node)))
     return tail[::-1]
+
+
+def _graph_visible(region: Region) -> bool:
+    """Whether the caller's graph has a node of its own for the source and for each linear."""
+    ends = [site.out.meta["origin"] for site in _sites_of(region)]
+    visible = all(node is not None for node in (*ends, region.source.meta["origin"]))
+    return visible and len(set(ends)) == len(ends)
 
 
 def _linear_problem(region: Region) -> Refusal | None:

@@ -195,10 +195,12 @@ def trace_module(
     kwargs: dict[str, Any] | None = None,
     *,
     fake: bool = False,
+    run: nn.Module | None = None,
 ) -> Trace:
     """Run ``model(*args, **kwargs)`` once in the caller's grad and train mode and record it.
 
     With ``fake`` the tensors are fake: no memory, no arithmetic, no outputs; a forward that reads values raises.
+    ``run`` is the submodule to call instead of ``model``, which still gives the names.
     """
     recorder = Recorder(model)
     with ExitStack() as stack:
@@ -209,7 +211,7 @@ def trace_module(
                 recorder.bind(tensor, recorder.append("placeholder", f"input_{recorder._seq}", value=tensor))
         stack.enter_context(recording_calls(recorder))
         stack.enter_context(recorder)
-        outputs = model(*args, **(kwargs or {}))
+        outputs = (run or model)(*args, **(kwargs or {}))
     _finish(recorder, outputs)
     source = "fake run" if fake else "real run"
     return Trace(recorder.graph, recorder.calls, source, None if fake else outputs, recorder.aliases)

@@ -17,28 +17,130 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 RESHAPES = frozenset(
-    ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "expand", "expand_as"]
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "view_as",
+        "reshape_as",
+        "expand",
+        "expand_as",
+    ]
 )
 CASTS = frozenset(
-    ["to", "float", "half", "double", "bfloat16", "type", "type_as", "_to_copy", "contiguous", "clone", "detach", "data", "alias", "lift_fresh", "cpu", "cuda", "requires_grad", "positive"]
+    [
+        "to",
+        "float",
+        "half",
+        "double",
+        "bfloat16",
+        "type",
+        "type_as",
+        "_to_copy",
+        "contiguous",
+        "clone",
+        "detach",
+        "data",
+        "alias",
+        "lift_fresh",
+        "cpu",
+        "cuda",
+        "requires_grad",
+        "positive",
+    ]
 )
 DROPOUTS = frozenset(("dropout", "alpha_dropout", "native_dropout"))
 SPLITS = frozenset(["chunk", "split", "split_with_sizes", "tensor_split", "narrow", "unbind", "glu"])
 NORMS = frozenset(
-    ["layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm", "batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "instance_norm", "normalize", "local_response_norm"]
+    [
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+        "group_norm",
+        "native_group_norm",
+        "batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "instance_norm",
+        "normalize",
+        "local_response_norm",
+    ]
 )
 REDUCTIONS = frozenset(
-    ["mean", "sum", "var", "std", "softmax", "log_softmax", "_softmax", "norm", "linalg_vector_norm", "amax", "amin", "max", "min", "logsumexp", "cumsum", "cumprod", "prod", "var_mean", "std_mean", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "max_pool1d", "max_pool2d"]
+    [
+        "mean",
+        "sum",
+        "var",
+        "std",
+        "softmax",
+        "log_softmax",
+        "_softmax",
+        "norm",
+        "linalg_vector_norm",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "logsumexp",
+        "cumsum",
+        "cumprod",
+        "prod",
+        "var_mean",
+        "std_mean",
+        "avg_pool1d",
+        "avg_pool2d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "max_pool1d",
+        "max_pool2d",
+    ]
 )
 CONCATS = frozenset(
-    ["cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad", "constant_pad_nd", "roll", "repeat", "repeat_interleave", "tile", "flip"]
+    [
+        "cat",
+        "concat",
+        "concatenate",
+        "stack",
+        "hstack",
+        "vstack",
+        "dstack",
+        "pad",
+        "constant_pad_nd",
+        "roll",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+        "flip",
+    ]
 )
-PERMUTES = frozenset(["permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT", "H", "mH", "t", "adjoint"])
+PERMUTES = frozenset(
+    [
+        "permute",
+        "transpose",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "T",
+        "mT",
+        "H",
+        "mH",
+        "t",
+        "adjoint",
+    ]
+)
 CONVS = frozenset(
     ["conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 )
 ROUTING = frozenset(["topk", "argmax", "multinomial", "one_hot"])
-LINEAR_POINTWISE = frozenset(["add", "sub", "rsub", "neg", "positive", "div_scalar", "clone", "fill", "zeros_like"])
+LINEAR_POINTWISE = frozenset(
+    ["add", "sub", "rsub", "neg", "positive", "div_scalar", "clone", "fill", "zeros_like"]
+)
 _ALIASES = {
     "multiply": "mul",
     "divide": "div",
@@ -111,11 +213,15 @@ def _pointwise_by_tag(name: str) -> bool | None:
     tags = [getattr(packet, overload).tags for overload in packet.overloads()]
     if any(torch.Tag.pointwise in t for t in tags):
         return name not in NORMS | REDUCTIONS
-    composite = any(
-        torch._C._dispatch_has_kernel_for_dispatch_key(getattr(packet, o)._name, "CompositeImplicitAutograd")
-        for o in packet.overloads()
-    )
+    composite = any(_is_composite(getattr(packet, o)._name) for o in packet.overloads())
     return None if composite else False
+
+
+def _is_composite(name: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    except RuntimeError:  # a TorchScript builtin (aten::sort.int) that the dispatcher does not know
+        return False
 
 
 _NEVER_POINTWISE = (
@@ -128,7 +234,16 @@ _NEVER_POINTWISE = (
     | CONVS
     | DROPOUTS
     | frozenset(
-        ["linear", "matmul", "einsum", "embedding", "getitem", "scaled_dot_product_attention", "multi_head_attention_forward", "bmm"]
+        [
+            "linear",
+            "matmul",
+            "einsum",
+            "embedding",
+            "getitem",
+            "scaled_dot_product_attention",
+            "multi_head_attention_forward",
+            "bmm",
+        ]
     )
 )
 

@@ -123,7 +123,7 @@ class MoE(nn.Module):
         feature_dim: int = -1,
         returns: Literal["tensor", "tuple"] = "tensor",
         input_name: str = "x",
-        dense: nn.Module | None = None,
+        tail: Body | None = None,
     ) -> MoE:
         """An MoE in the place of a user's FFN module. The caller mounts the parameters and the children of the body.
 
@@ -136,14 +136,14 @@ class MoE(nn.Module):
             feature_dim: the feature axis of the input: -1, or -3 for 1x1 ``nn.Conv2d``.
             returns: "tuple" answers ``(y, None)``, as Megatron's MLP does (its second value is a bias to be added).
             input_name: the forward's parameter, for callers that pass it by keyword.
-            dense: the module it stands for, kept out of ``parameters()`` and ``state_dict()`` for undo.
+            tail: what the module did to the exit's output (dropout), on tokens.
         """
         if body.num_inputs != len(entries):
             raise ConfigError("entries", got=len(entries), expected=f"{body.num_inputs}, one per body input")
         moe = cls.__new__(cls)
         nn.Module.__init__(moe)
         moe.router = router
-        moe._assemble(entries, exit, body, num_experts, feature_dim, returns, input_name, dense)
+        moe._assemble(entries, exit, body, num_experts, feature_dim, returns, input_name, tail)
         return moe
 
     def _assemble(
@@ -155,13 +155,13 @@ class MoE(nn.Module):
         feature_dim: int = -1,
         returns: Literal["tensor", "tuple"] = "tensor",
         input_name: str = "x",
-        dense: nn.Module | None = None,
+        tail: Body | None = None,
     ) -> None:
         """Set everything but the parameters."""
         self.entries, self.exit, self.body = tuple(entries), exit, body
         self.num_experts, self.feature_dim = num_experts, feature_dim
         self.returns, self.input_name = returns, input_name
-        self.__dict__["_dense"] = dense  # not a child: no parameters, no state_dict, no .to()
+        self.tail = tail
 
     @property
     def top_k(self) -> int:
@@ -180,6 +180,7 @@ class MoE(nn.Module):
         routing = self.router(x, self.feature_dim)
         known = self.body.fused(self)
         y = self._run_body(x, routing) if known is None else self._run_fused(x, routing, known)
+        y = y if self.tail is None else self.tail(self, y)
         return (y, None) if self.returns == "tuple" else y
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,67 @@
+"""moefy turns the feed-forward networks of a dense PyTorch model into Mixture-of-Experts, with the compiler.
+
+    model = moefy.transform(model, num_experts=8)       # any nn.Module or fx.GraphModule
+    print(moefy.report(model))
+    model = torch.compile(model, backend="moefy")
+
+Importing moefy imports neither triton nor transformers; public names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "transform": "moefy.upcycle",
+    "find": "moefy.upcycle",
+    "report": "moefy.upcycle",
+    "undo": "moefy.revert",
+    "MoE": "moefy.nn",
+    "MoEConfig": "moefy.config",
+    "FFNMatch": "moefy.records",
+    "LayerRecord": "moefy.records",
+    "PassRecord": "moefy.records",
+    "RewriteReport": "moefy.rewrite_report",
+    "errors": "moefy",
+}
+
+__all__ = [
+    "FFNMatch",
+    "LayerRecord",
+    "MoE",
+    "MoEConfig",
+    "PassRecord",
+    "RewriteReport",
+    "__version__",
+    "errors",
+    "find",
+    "report",
+    "transform",
+    "undo",
+]
+
+if TYPE_CHECKING:
+    from moefy import errors
+    from moefy.config import MoEConfig
+    from moefy.nn import MoE
+    from moefy.records import FFNMatch, LayerRecord, PassRecord
+    from moefy.revert import undo
+    from moefy.rewrite_report import RewriteReport
+    from moefy.upcycle import find, report, transform
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'moefy' has no attribute {name!r}")
+    if name == "errors":
+        return importlib.import_module("moefy.errors")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

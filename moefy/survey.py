@@ -1,0 +1,258 @@
+"""Look at a model: find inputs it accepts, trace one forward, match its FFNs. Changes nothing.
+
+``survey`` is the common first half of ``find``, ``report`` and ``transform``. Inputs come from the caller, else from
+``inputs.derive_inputs``; they are tried on fake tensors first. When the whole model accepts none of them, its children
+are tried by themselves: a block alone shows its residual too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from moefy.errors import ExampleInputsNeeded, ModelForwardError, PatternError
+from moefy.inputs import derive_inputs
+from moefy.passes.match_ffn import Match, match_ffns
+from moefy.passes.trace import Trace, fake_inputs, trace_graph, trace_module
+from moefy.quiet import quiet
+from moefy.records import FFNMatch
+from moefy.samples import ExampleInputs
+
+Selection = str | Sequence[str] | Callable[[FFNMatch], bool] | None
+_MAX_CANDIDATES = 16
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclasses.dataclass
+class Part:
+    """A module that was run by itself (normally the whole model), its inputs, and its dense outputs if real."""
+
+    module: nn.Module
+    inputs: ExampleInputs
+    trace: Trace
+
+    @property
+    def outputs(self) -> Any:
+        """What the dense forward gave; None after a fake run."""
+        return self.trace.outputs
+
+
+@dataclasses.dataclass
+class Survey:
+    """The parts that were traced and every candidate found in them."""
+
+    parts: list[Part]
+    matches: list[Match]
+
+    @property
+    def source(self) -> str:
+        """How the graph was obtained."""
+        return self.parts[0].trace.source
+
+    @property
+    def inputs(self) -> str:
+        """The inputs in words."""
+        text = self.parts[0].inputs.description
+        return text if len(self.parts) == 1 else f"{len(self.parts)} parts, each by itself: {text}, ..."
+
+
+def survey(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    outputs: bool = False,
+) -> Survey:
+    """Trace ``model`` and match its FFNs; with ``outputs`` on real tensors, keeping the dense outputs.
+
+    Raises:
+        ModelForwardError: the model's own forward fails on the inputs that were given.
+        ExampleInputsNeeded: none were given and none could be derived.
+    """
+    if args or kwargs:
+        given = ExampleInputs(tuple(args), dict(kwargs or {}), "given by the caller")
+        parts = [_trace_given(model, given, outputs)]
+    else:
+        parts = _trace_derived(model, outputs)
+    matches: dict[Any, Match] = {}
+    for part in parts:
+        for match in match_ffns(part.trace):
+            matches.setdefault(match.region.key, _judge_modules(model, match))
+    return Survey(parts, list(matches.values()))
+
+
+def select(matches: list[Match], include: Selection, exclude: Selection) -> list[Match]:
+    """All matches, those that ``include`` and ``exclude`` leave out marked as refused.
+
+    Raises:
+        PatternError: a glob that matches no candidate.
+    """
+    keep = _predicate(matches, include, "include") if include is not None else lambda record: True
+    drop = _predicate(matches, exclude, "exclude") if exclude is not None else lambda record: False
+    chosen = []
+    for match in matches:
+        if match.record.accepted and drop(match.record):
+            match = refuse(match, "excluded", "left out by exclude")
+        elif match.record.accepted and not keep(match.record):
+            match = refuse(match, "excluded", "left out by include")
+        chosen.append(match)
+    return chosen
+
+
+def refuse(match: Match, code: str, reason: str) -> Match:
+    """``match`` with a refusal."""
+    return dataclasses.replace(match, record=dataclasses.replace(match.record, code=code, reason=reason))
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+def _trace_given(model: nn.Module, given: ExampleInputs, outputs: bool) -> Part:
+    if not outputs or _without_data(model):
+        part = _try(model, model, given, fake=True)
+        if isinstance(part, Part):
+            return part
+    part = _try(model, model, given, fake=False)
+    if isinstance(part, Part):
+        return part
+    raise ModelForwardError(type(model).__name__, part) from part
+
+
+def _trace_derived(model: nn.Module, outputs: bool) -> list[Part]:
+    tried: list[str] = []
+    part = _first_accepted(model, model, outputs, tried)
+    if part is not None:
+        return [part]
+    parts = list(_children(model, model, outputs, []))
+    if not parts:
+        raise ExampleInputsNeeded(type(model).__name__, tried)
+    return parts
+
+
+def _first_accepted(model: nn.Module, module: nn.Module, outputs: bool, tried: list[str]) -> Part | None:
+    """The first derived inputs that ``module`` accepts. A real run follows where fake tensors do not do."""
+    outputs = outputs and not _without_data(model)
+    for index, candidate in enumerate(derive_inputs(module)):
+        if index == _MAX_CANDIDATES:
+            break
+        found = _try(model, module, candidate, fake=True)
+        if not isinstance(found, Part) or outputs:
+            retry = isinstance(found, Part) or not _is_misfit(found)
+            found = _try(model, module, candidate, fake=False) if retry else found
+        if isinstance(found, Part):
+            return found
+        tried.append(
+            f"{candidate.description}: {type(found).__name__}: {str(found).splitlines()[0][:160]}"
+            if str(found)
+            else f"{candidate.description}: {type(found).__name__}"
+        )
+    return None
+
+
+def _children(model: nn.Module, module: nn.Module, outputs: bool, tried: list[str]) -> Iterator[Part]:
+    """The largest descendants that run by themselves on derived inputs."""
+    for child in module.children():
+        if sum(1 for _ in child.parameters()) < 2:
+            continue
+        part = _first_accepted(model, child, outputs, tried)
+        if part is not None:
+            yield part
+        else:
+            yield from _children(model, child, outputs, tried)
+
+
+def _try(model: nn.Module, module: nn.Module, inputs: ExampleInputs, *, fake: bool) -> Part | Exception:
+    """Trace one forward; the exception when it fails."""
+    if not fake and _without_data(model):
+        return RuntimeError("the model has no data (meta or fake tensors)")
+    try:
+        with quiet(model, values=not fake):
+            return Part(module, inputs, _trace(model, module, inputs, fake))
+    except Exception as error:  # whatever a user's forward raises means: not with these inputs
+        return error
+
+
+def _trace(model: nn.Module, module: nn.Module, inputs: ExampleInputs, fake: bool) -> Trace:
+    if not isinstance(module, fx.GraphModule):
+        return trace_module(model, inputs.args, inputs.kwargs, fake=fake, run=module)
+    names = [n.target for n in module.graph.nodes if n.op == "placeholder"]
+    ordered = (
+        *inputs.args,
+        *(inputs.kwargs[str(n)] for n in names[len(inputs.args) :] if n in inputs.kwargs),
+    )
+    if not fake:
+        return trace_graph(module, ordered)
+    with fake_inputs(module, ordered) as converted:
+        return dataclasses.replace(trace_graph(module, converted), outputs=None)
+
+
+def _is_misfit(error: Exception) -> bool:
+    """Whether the inputs are wrong, rather than fake tensors too weak."""
+    return isinstance(error, TypeError) or "shape" in str(error) or "size" in str(error)
+
+
+def _without_data(model: nn.Module) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+
+
+# -- what only the live modules tell ---------------------------------------------------------------------------------
+def _judge_modules(model: nn.Module, match: Match) -> Match:
+    """Refuse what the surgery would lose: hooks, overridden forwards, weights tied to another module."""
+    if not match.record.accepted:
+        return match
+    region = match.region
+    paths = [s.name for s in (*region.entries, region.exit)]
+    if match.record.form == "module":
+        paths.append(match.record.fqn)
+    for path in dict.fromkeys(paths):
+        module = _submodule(model, path)
+        hooked = module is not None and any(getattr(module, name, None) for name in _HOOKS)
+        if module is not None and (hooked or "forward" in module.__dict__):
+            return refuse(
+                match,
+                "unsupported-hook",
+                f"a hook or an overridden forward on {path or '(root)'} would be lost",
+            )
+    for site in (*region.entries, region.exit):
+        for fqn in (site.weight, site.bias):
+            if fqn is not None and _tied_elsewhere(model, fqn):
+                return refuse(match, "shared-weight", f"{fqn} is tied to a parameter of another module")
+    return match
+
+
+def _tied_elsewhere(model: nn.Module, fqn: str) -> bool:
+    try:
+        parameter = model.get_parameter(fqn)
+    except AttributeError:
+        return False
+    owners = {id(m) for m in model.modules() for p in m._parameters.values() if p is parameter}
+    return len(owners) > 1
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _predicate(matches: list[Match], selection: Selection, option: str) -> Callable[[FFNMatch], bool]:
+    if callable(selection):
+        return selection
+    patterns = [selection] if isinstance(selection, str) else list(selection or ())
+    names = [m.record.fqn for m in matches]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise PatternError(repr(pattern), names, option=option)
+        if not fnmatch.filter(names, pattern):
+            raise PatternError(pattern, names, option=option)
+    return lambda record: any(fnmatch.fnmatchcase(record.fqn, p) for p in patterns)

@@ -1,0 +1,304 @@
+"""``transform``, ``find`` and ``report``: the dense model in, the Mixture-of-Experts and its report out.
+
+``transform`` looks (``survey``), builds every new module beside the old ones (``surgery``), swaps them in, checks the
+output against the dense one, and only then lets go of the dense weights. Whatever fails before leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from moefy.check import Comparison, compare
+from moefy.config import MoEConfig
+from moefy.errors import AlreadyTransformed, CheckFailed, ConfigError, NoFFNFound
+from moefy.graph_surgery import GraphLayer, build_graph_layer
+from moefy.nn.upcycling import add_noise
+from moefy.passes.match_ffn import Match
+from moefy.progress import progress
+from moefy.quiet import quiet
+from moefy.records import FFNMatch, LayerRecord, PassRecord
+from moefy.rewrite_report import RewriteReport
+from moefy.surgery import Layer, Shell, build_layer
+from moefy.survey import Selection, Survey, select, survey
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def transform(
+    model: ModelT,
+    num_experts: int | None = None,
+    *,
+    top_k: int | None = None,
+    config: MoEConfig | None = None,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: dict[str, Any] | None = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    check: bool = True,
+    **options: Any,
+) -> ModelT:
+    """Turn every feed-forward network of ``model`` into a Mixture-of-Experts, in place.
+
+    Experts are copies of the dense FFN and each token's weights sum to 1, so the output does not change: Sparse
+    Upcycling (Komatsuzaki et al. 2022). Do this before the optimizer, DDP, FSDP or ``torch.compile``.
+
+    Args:
+        model: any ``nn.Module`` or ``fx.GraphModule``.
+        num_experts: experts per layer, E.
+        top_k: experts per token; 2 by default, 1 when there is but one expert.
+        config: all options in one object; keywords lie over it.
+        example_args: positional inputs of one forward. By default they are derived from the model.
+        example_kwargs: keyword inputs of one forward.
+        include: FQN globs, or a predicate over ``FFNMatch``: rewrite these only.
+        exclude: FQN globs, or a predicate: leave these dense.
+        check: compare the new output with the dense one; costs a forward of each.
+        **options: further fields of ``MoEConfig`` (``seed``, ``router_std``, ``expert_noise``).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        NoFFNFound: nothing to rewrite; its ``candidates`` say why.
+        AlreadyTransformed: called twice.
+        CheckFailed: the output changed. As after every error the model is as it was.
+        ConfigError, UnknownOption, PatternError, NameClash, ExampleInputsNeeded, ModelForwardError: see each.
+    """
+    config = MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
+    root = bare_module(model)
+    refuse_transformed(root)
+    found = survey(root, example_args, example_kwargs, outputs=check)
+    matches = select(found.matches, include, exclude)
+    if not any(m.record.accepted for m in matches):
+        raise NoFFNFound(type(root).__name__, [m.record for m in matches])
+    dense_params = count_parameters(root)
+    verdict, records = _rewrite(root, found, matches, config, check)
+    report_ = make_report(root, found, matches, config, dense_params, verdict, records, dry_run=False)
+    root.__dict__["_moefy_report"] = report_
+    return model
+
+
+def find(
+    model: nn.Module,
+    num_experts: int | None = None,
+    *,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: dict[str, Any] | None = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    **options: Any,
+) -> list[FFNMatch]:
+    """Every feed-forward candidate of ``model``, the refused ones with ``reason`` and ``code``. Changes nothing.
+
+    Takes ``transform``'s keywords. Needs neither memory nor arithmetic: the forward runs on fake tensors where it can.
+    """
+    _check_options(num_experts, options)
+    found = survey(bare_module(model), example_args, example_kwargs)
+    return [m.record for m in select(found.matches, include, exclude)]
+
+
+def report(
+    model: nn.Module,
+    num_experts: int | None = None,
+    *,
+    top_k: int | None = None,
+    config: MoEConfig | None = None,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: dict[str, Any] | None = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    check: bool = True,
+    **options: Any,
+) -> RewriteReport:
+    """What ``transform`` did to ``model``, or on a dense model what it would do (a dry run; nothing changes)."""
+    root = bare_module(model)
+    done = root.__dict__.get("_moefy_report")
+    if done is not None:
+        return done
+    options.pop("check", None)
+    resolved = None
+    if config is not None or num_experts is not None:
+        resolved = MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
+    found = survey(root, example_args, example_kwargs)
+    matches = select(found.matches, include, exclude)
+    return make_report(root, found, matches, resolved, count_parameters(root), None, (), dry_run=True)
+
+
+def make_report(
+    model: nn.Module,
+    found: Survey,
+    matches: list[Match],
+    config: MoEConfig | None,
+    params_dense: int,
+    verdict: Comparison | None,
+    passes: tuple[PassRecord, ...],
+    *,
+    dry_run: bool,
+) -> RewriteReport:
+    """The report of a survey and what followed it."""
+    layers = tuple(layer_record(m.record, config, verdict) for m in matches)
+    rewritten = [layer for layer in layers if layer.action == "moe"]
+    added = sum(layer.params_total - layer.params_dense for layer in rewritten)
+    active = sum(layer.params_active - layer.params_dense for layer in rewritten)
+    weight = next(model.parameters(), torch.empty(0))
+    return RewriteReport(
+        model_class=type(model).__name__,
+        layers=layers,
+        config=config,
+        dry_run=dry_run,
+        params_dense=params_dense,
+        params_total=params_dense + added,
+        params_active=params_dense + active,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(weight.device),
+        trace_source=found.source,
+        inputs=found.inputs,
+        check_error=verdict.error if verdict is not None else None,
+        check_tolerance=verdict.tolerance if verdict is not None else None,
+        passes=passes,
+        warnings=_warnings(config, layers),
+    )
+
+
+def layer_record(match: FFNMatch, config: MoEConfig | None, verdict: Comparison | None = None) -> LayerRecord:
+    """The numbers of one candidate. FLOPs are per token and forward: 2 per multiply-add, the router included."""
+    experts, top_k = (config.num_experts, config.top_k) if config is not None else (1, 1)
+    moe = match.accepted and config is not None
+    router = experts * match.d_model if moe else 0
+    flops = 2 * match.multiply_adds * match.calls
+    exactness = "-"
+    if moe:
+        exactness = "exact" if verdict is None else f"exact {verdict.error:.0e}"
+    return LayerRecord(
+        fqn=match.fqn,
+        action="moe" if match.accepted else "skipped",
+        reason=match.reason,
+        code=match.code,
+        kind=match.kind,
+        activation=match.activation,
+        form=match.form,
+        d_model=match.d_model,
+        d_hidden=match.d_hidden,
+        num_experts=experts if moe else 0,
+        top_k=top_k if moe else 0,
+        calls=match.calls,
+        params_dense=match.params,
+        params_total=match.params * experts + router if moe else match.params,
+        params_active=match.params * top_k + router if moe else match.params,
+        flops_dense=flops,
+        flops_active=flops * top_k + 2 * router * match.calls if moe else flops,
+        exactness=exactness,
+    )
+
+
+# -- the rewrite -----------------------------------------------------------------------------------------------------
+def _rewrite(
+    model: nn.Module, found: Survey, matches: list[Match], config: MoEConfig, check: bool
+) -> tuple[Comparison | None, tuple[PassRecord, ...]]:
+    accepted = [m for m in matches if m.record.accepted]
+    work = config.num_experts * sum(m.record.params for m in accepted)
+    layers: list[Layer | GraphLayer] = []
+    records: tuple[PassRecord, ...] = ()
+    modules = [m for m in accepted if m.record.form != "graph"]
+    layers += [build_layer(model, m, config) for m in progress(modules, "layers", work=work)]
+    graphs = [m for m in accepted if m.record.form == "graph"]
+    if graphs and isinstance(model, fx.GraphModule):
+        graph_layer, record = build_graph_layer(model, graphs, found.parts[0].trace, config)
+        layers.append(graph_layer)
+        records = (record,)
+    installed: list[Layer | GraphLayer] = []
+    try:
+        for layer in layers:
+            installed.append(layer)
+            layer.install(model)
+        verdict = _verify(found, accepted) if check else None
+    except BaseException:
+        for layer in reversed(installed):
+            layer.remove(model)
+        raise
+    for layer in layers:
+        layer.seal()
+    _break_symmetry(model, layers, config)
+    return verdict, records
+
+
+def _verify(found: Survey, accepted: list[Match]) -> Comparison | None:
+    """Run every part again and compare with its dense outputs; None when there are no real outputs."""
+    dtype = min(
+        (m.region.entries[0].weight_node.meta["dtype"] for m in accepted),  # type: ignore[union-attr]
+        key=lambda d: torch.finfo(d).bits,
+    )
+    worst: Comparison | None = None
+    for part in found.parts:
+        if part.trace.outputs is None:
+            continue
+        with quiet(part.module):
+            verdict = compare(part.outputs, part.module(*part.inputs.args, **part.inputs.kwargs), dtype)
+        if not verdict.passed:
+            raise CheckFailed(verdict.error, verdict.tolerance, verdict.dtype, verdict.where)
+        if worst is None or verdict.error > worst.error:
+            worst = verdict
+    return worst
+
+
+def _break_symmetry(model: nn.Module, layers: list[Layer | GraphLayer], config: MoEConfig) -> None:
+    if config.expert_noise == 0:
+        return
+    for layer in layers:
+        for fqn in layer.origins:
+            add_noise(model.get_parameter(fqn), config.expert_noise, config.seed, fqn)
+
+
+# -- what may be transformed -----------------------------------------------------------------------------------------
+def bare_module(model: nn.Module) -> nn.Module:
+    """The module itself: the one inside for a ``torch.compile`` wrapper.
+
+    Raises:
+        ConfigError: no module, or one that is wrapped for data parallelism already.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model", got=type(model).__name__, expected="an nn.Module or fx.GraphModule")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "model", got="a TorchScript module", expected="the nn.Module that it was scripted from"
+        )
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        return model._orig_mod
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers):
+        name = type(model).__name__
+        raise ConfigError("model", got=name, expected=f"the bare module; transform it before {name}")
+    return model
+
+
+def refuse_transformed(model: nn.Module) -> None:
+    """Raise ``AlreadyTransformed`` when ``transform`` was here before."""
+    for fqn, module in model.named_modules():
+        if isinstance(module.__dict__.get("_dense"), Shell) or "_moefy_report" in module.__dict__:
+            raise AlreadyTransformed(fqn)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameter elements, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _check_options(num_experts: int | None, options: dict[str, Any]) -> None:
+    """``find`` takes the same keywords as ``transform`` and refuses the same wrong ones."""
+    ignored = ("check",)
+    given = {k: v for k, v in options.items() if k not in ignored}
+    if num_experts is not None or given.get("config") is not None or given:
+        config = given.pop("config", None)
+        MoEConfig.resolve(config, num_experts=num_experts if num_experts or config else 8, **given)
+
+
+def _warnings(config: MoEConfig | None, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
+    if config is None or config.num_experts == 1 or config.expert_noise > 0:
+        return ()
+    if not any(layer.action == "moe" for layer in layers):
+        return ()
+    return (
+        "identical experts give the router no gradient until they diverge; expert_noise=0.01 breaks the symmetry",
+    )

@@ -1,0 +1,117 @@
+"""The pass that writes MoE into a caller's graph: entry, body and exit nodes become routed ones.
+
+    linear(x, w1) -> gelu -> linear(., w2)
+    router_weight -> route(x) -> expert_entry(x, W1, ...) -> gelu -> expert_exit(., W2, ...)
+
+The weights are ``get_attr`` nodes under their dense FQNs, which by then hold stacked experts. Preserves numerics to
+rounding when the experts are copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import time
+from collections.abc import Sequence
+
+from torch import fx
+
+from moefy.nn import functional
+from moefy.passes.body_graph import body_graph
+from moefy.passes.match_ffn import Match
+from moefy.passes.regions import Region
+from moefy.passes.trace import Trace
+from moefy.passes.vocabulary import RESHAPES, op_name
+from moefy.records import PassRecord
+
+NAME = "ffn_to_moe"
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphMatch:
+    """One FFN of the graph, the trace that it was found in, and where its router's weight will be."""
+
+    match: Match
+    trace: Trace
+    router: str
+    top_k: int
+
+
+def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph, PassRecord]:
+    """A copy of ``graph`` with every match rewritten, and the record of the pass."""
+    start, before = time.perf_counter(), len(graph.nodes)
+    copies: dict[fx.Node, fx.Node] = {}
+    rewritten = fx.Graph()
+    output = rewritten.graph_copy(graph, copies, return_output_node=True)
+    if output is not None:
+        value, old_output = output
+        node = rewritten.output(value)
+        node.meta.update(old_output.meta)
+        copies[old_output] = node
+    rewritten._codegen = graph._codegen
+    for match in matches:
+        for region in match.match.regions:
+            _rewrite(rewritten, copies, match, region)
+    rewritten.eliminate_dead_code()
+    rewritten.lint()
+    record = PassRecord(
+        name=NAME,
+        matched=len(matches),
+        nodes_before=before,
+        nodes_after=len(rewritten.nodes),
+        ms=1e3 * (time.perf_counter() - start),
+    )
+    return rewritten, record
+
+
+def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch, region: Region) -> None:
+    axis = _feature_dim(region)
+    x = _caller_value(region.entries[0].x, region.source, copies)
+    last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
+    with graph.inserting_before(last):
+        router = graph.get_attr(match.router)
+        routed = graph.call_function(functional.route, (x, router, match.top_k), {"feature_dim": axis})
+        weights, order, offsets = (graph.call_function(operator.getitem, (routed, i)) for i in range(3))
+        rows = []
+        for entry in region.entries:
+            linear = _weights(graph, entry.weight, entry.bias)
+            args = (x, *linear, order, offsets, match.top_k)
+            rows.append(graph.call_function(functional.expert_entry, args, {"feature_dim": axis}))
+        body = body_graph(match.trace, region, "")
+        inner: dict[fx.Node, fx.Node] = dict(
+            zip((n for n in body.nodes if n.op == "placeholder"), rows, strict=True)
+        )
+        hidden = graph.graph_copy(body, inner)
+        linear = _weights(graph, region.exit.weight, region.exit.bias)
+        args = (hidden, *linear, weights, order, offsets, x)
+        out = graph.call_function(functional.expert_exit, args, {"feature_dim": axis})
+    last.replace_all_uses_with(out)
+
+
+def _weights(graph: fx.Graph, weight: str, bias: str | None) -> tuple[fx.Node, fx.Node | None]:
+    return graph.get_attr(weight), graph.get_attr(bias) if bias is not None else None
+
+
+def _caller_value(raw: fx.Node, source: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The caller's node of the source: that of the looked-through value, where it is visible in the graph."""
+    return (
+        copies[source.meta["origin"]] if source.meta.get("origin") in copies else copies[raw.meta["origin"]]
+    )
+
+
+def _last_of_exit(node: fx.Node, region: Region) -> fx.Node:
+    """The exit's node, or the reshape behind it that gives a flattened result its leading shape back."""
+    if len(region.exit.out.meta["shape"]) == len(region.source.meta["shape"]):
+        return node
+    users = list(node.users)
+    if len(users) == 1 and users[0].op in ("call_function", "call_method") and _reshapes(users[0]):
+        return users[0]
+    return node
+
+
+def _reshapes(node: fx.Node) -> bool:
+    return node.target in RESHAPES if node.op == "call_method" else op_name(node) in RESHAPES
+
+
+def _feature_dim(region: Region) -> int:
+    return -1 if region.exit.axis == -1 else region.exit.axis - len(region.source.meta["shape"])
