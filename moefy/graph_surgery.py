@@ -25,12 +25,18 @@ from moefy.records import PassRecord
 
 @dataclasses.dataclass(eq=False)
 class GraphShell:
-    """What ``undo`` needs: the caller's graph, the replaced modules, and where the stacked weights come from."""
+    """What ``undo`` needs: the caller's graph, the replaced modules, and where the stacked weights come from.
 
-    graph: fx.Graph
+    The graph is None after a pickle: then there is no way back.
+    """
+
+    graph: fx.Graph | None
     modules: dict[str, nn.Module]
     routers: tuple[str, ...]
     origins: dict[str, Origin]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "graph": None}  # a pickled GraphModule keeps code, not graphs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphShell:
         return GraphShell(self.graph, copy.deepcopy(self.modules, memo), self.routers, self.origins)
@@ -102,7 +108,7 @@ def build_graph_layer(
         region = match.region
         first = region.entries[0]
         for site in (*region.entries, region.exit):
-            _stack_site(model, site, config, modules, parameters, origins)
+            _stack_site(model, site, trace, config, modules, parameters, origins)
         place = f"{first.name}.router" if first.name != first.weight else "router"
         if hasattr(model.get_submodule(place.rpartition(".")[0]), "router") or place in routers:
             raise NameClash(first.name, "router")
@@ -114,13 +120,13 @@ def build_graph_layer(
 
 def restore_graph(model: fx.GraphModule, shell: GraphShell, dense: dict[str, nn.Parameter]) -> None:
     """Give ``model`` its own graph and ``dense`` parameters (by FQN) back."""
+    assert shell.graph is not None
     for path in shell.routers:
         _drop_module(model, path)
     for fqn, parameter in dense.items():
         path, _, name = fqn.rpartition(".")
-        owner = shell.modules.get(path)
-        if owner is not None:
-            owner._parameters[name] = parameter
+        if path in shell.modules:
+            shell.modules[path]._parameters[name] = parameter
         else:
             _put_parameters(model, {fqn: parameter})
     _put_modules(model, shell.modules)
@@ -130,11 +136,13 @@ def restore_graph(model: fx.GraphModule, shell: GraphShell, dense: dict[str, nn.
 def _stack_site(
     model: fx.GraphModule,
     site: LinearSite,
+    trace: Trace,
     config: MoEConfig,
     modules: dict[str, nn.Module],
     parameters: dict[str, nn.Parameter],
     origins: dict[str, Origin],
 ) -> None:
+    """Stack the site's parameters, at every name under which the graph module holds them."""
     old = model.get_submodule(site.name) if site.name != site.weight else model
     own = {n for n, p in old._parameters.items() if p is not None}
     stacked: dict[str, nn.Parameter] = {}
@@ -142,16 +150,20 @@ def _stack_site(
         if fqn is not None:
             dense = model.get_parameter(fqn)
             stacked[fqn] = stack(dense, config.num_experts, layout)  # type: ignore[arg-type]
-            origins[fqn] = Origin.of(dense, layout, stacked[fqn])  # type: ignore[arg-type]
+            origin = Origin.of(dense, layout, stacked[fqn])  # type: ignore[arg-type]
+            origins.update(dict.fromkeys(trace.aliases.get(fqn, (fqn,)), origin))
     whole = {f"{site.name}.{n}" for n in own}
     if whole == set(stacked) and not old._modules and old is not model and own <= {"weight", "bias"}:
         widths = (site.in_features, site.out_features, config.num_experts)
         new = ExpertLinear(*widths, bias=site.bias is not None, device="meta")
         for fqn, parameter in stacked.items():
             setattr(new, fqn.rpartition(".")[2], parameter)
-        modules[site.name] = new.train(old.training)
+        new.training = old.training
+        for alias in trace.aliases.get(site.weight, (site.weight,)):
+            modules[alias.rpartition(".")[0]] = new
     else:
-        parameters.update(stacked)
+        for fqn, parameter in stacked.items():
+            parameters.update(dict.fromkeys(trace.aliases.get(fqn, (fqn,)), parameter))
 
 
 def _router(model: fx.GraphModule, entry: LinearSite, config: MoEConfig) -> Router:

@@ -33,7 +33,8 @@ def quiet(model: nn.Module, *, values: bool = True) -> Iterator[None]:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.enter_context(torch.no_grad())
         try:
-            model.eval()
+            for module in modules:
+                module.training = False  # not .eval(): exported modules refuse it, and users override it
             yield
         finally:
             for module, mode, state in zip(modules, modes, states, strict=True):

@@ -224,7 +224,7 @@ def _judge_modules(model: nn.Module, match: Match) -> Match:
             )
     for site in (*region.entries, region.exit):
         for fqn in (site.weight, site.bias):
-            if fqn is not None and _tied_elsewhere(model, fqn):
+            if fqn is not None and match.record.form != "graph" and _tied_elsewhere(model, fqn):
                 return refuse(match, "shared-weight", f"{fqn} is tied to a parameter of another module")
     return match
 

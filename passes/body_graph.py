@@ -9,6 +9,7 @@ feature axis are dropped: their sizes are those of the traced input.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -80,10 +81,17 @@ def _copy(graph: fx.Graph, node: fx.Node, value: Any, owner: str | None) -> fx.N
         args, kwargs = _live_dropout(graph, node, args, kwargs, owner)
     if kwargs.get("inplace"):
         kwargs["inplace"] = False
-    name = getattr(target, "__name__", "")
-    if name and getattr(Tensor, name, None) is target:  # a Tensor method: it has no importable name
-        return graph.call_method(name, args, kwargs)
+    method = _tensor_methods().get(target)
+    if method is not None:  # it has no importable name
+        return graph.call_method(method, args, kwargs)
     return graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _tensor_methods() -> dict[Any, str]:
+    """The methods of ``Tensor`` by object: ``Tensor.__pow__`` calls itself "pow" and lives in ``torch._tensor``."""
+    members = ((getattr(Tensor, name), name) for name in dir(Tensor) if name != "__class__")
+    return {member: name for member, name in members if callable(member) and not isinstance(member, type)}
 
 
 def _live_dropout(

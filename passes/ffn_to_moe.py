@@ -51,8 +51,9 @@ def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph
     rewritten._codegen = graph._codegen
     for match in matches:
         for region in match.match.regions:
-            _rewrite(rewritten, copies, match, region)
-    rewritten.eliminate_dead_code()
+            last = _rewrite(rewritten, copies, match, region)
+            dense = [copies[o] for n in region.nodes() if (o := n.meta.get("origin")) in copies]
+            _erase(rewritten, [*dense, last])
     rewritten.lint()
     record = PassRecord(
         name=NAME,
@@ -64,7 +65,7 @@ def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph
     return rewritten, record
 
 
-def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch, region: Region) -> None:
+def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch, region: Region) -> fx.Node:
     axis = _feature_dim(region)
     x = _caller_value(region.entries[0].x, region.source, copies)
     last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
@@ -86,6 +87,19 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
         args = (hidden, *linear, weights, order, offsets, x)
         out = graph.call_function(functional.expert_exit, args, {"feature_dim": axis})
     last.replace_all_uses_with(out)
+    return last
+
+
+def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase the nodes that nobody reads any more, and what only they read."""
+    erased: set[fx.Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node in erased or node.users or node.op in ("placeholder", "output"):
+            continue
+        nodes.extend(node.all_input_nodes)
+        erased.add(node)
+        graph.erase_node(node)
 
 
 def _weights(graph: fx.Graph, weight: str, bias: str | None) -> tuple[fx.Node, fx.Node | None]:
