@@ -1,4 +1,4 @@
-"""The versions and devices that a report or a bug report needs, without importing triton or transformers.
+"""The versions and devices a bug report needs, without importing triton or transformers.
 
 >>> sorted(environment())[:3]
 ['accelerators', 'cpu_threads', 'cuda']
@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 
+import moefy
+from moefy.tables import Column, draw, size, stream_width
+
 SCHEMA_VERSION = 1
 PACKAGES = ("triton", "transformers", "timm", "torchvision", "tabulate", "tqdm", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Versions (``None`` when absent), threads and accelerators, as JSON types. Memory is in bytes."""
+    """Versions (``None`` when absent), threads and accelerators, as JSON types; memory in bytes."""
     return {
-        "moefy": moefy_version(),
+        "moefy": moefy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": str(torch.__version__),
@@ -33,17 +36,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def environment_table(known: dict[str, Any]) -> str:
+    """``environment()`` for people."""
+    rows = [[name, str(value)] for name, value in known.items() if isinstance(value, str | int)]
+    rows += [[name, version or "-"] for name, version in known["packages"].items()]
+    for index, device in enumerate(known["accelerators"]):
+        memory = size(device["memory_bytes"])
+        rows.append([f"gpu {index}", f"{device['name']}, sm {device['capability']}, {memory}"])
+    rows += [[f"{name} kernels", state] for name, state in known["kernels"].items()]
+    return draw([Column(title="what"), Column(title="version or state")], rows, stream_width())
+
+
 def package_version(name: str) -> str | None:
     """The installed version of a distribution, read from its metadata: nothing is imported."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def moefy_version() -> str:
-    """The version of this package; a bare checkout has no metadata and answers ``0+checkout``."""
-    return package_version("moefy") or "0+checkout"
 
 
 def _accelerators() -> list[dict[str, Any]]:
@@ -69,9 +78,7 @@ def _kernels() -> dict[str, str]:
     if package_version("triton") is None:
         kernels["triton"] = "not usable: triton is not installed"
     elif not torch.cuda.is_available():
-        kernels["triton"] = (
-            "not usable: no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU)"
-        )
+        kernels["triton"] = "not usable: no CUDA device (TRITON_INTERPRET=1 runs them on the CPU)"
     elif torch.cuda.get_device_capability() < (8, 0):
         kernels["triton"] = "not usable: compute capability 8.0 or newer is needed"
     else:

@@ -17,9 +17,7 @@ from collections.abc import Hashable, Sequence
 
 _INTEGER = re.compile(r"\d+")
 
-_Box = tuple[
-    tuple[int, ...], ...
-]  # one sorted tuple of values per integer of the path: their product
+_Box = tuple[tuple[int, ...], ...]  # one sorted tuple of values per integer of the path: their product
 
 
 @dataclasses.dataclass(frozen=True)

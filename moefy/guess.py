@@ -78,9 +78,7 @@ def required_parameters(model: nn.Module) -> list[inspect.Parameter]:
     return []
 
 
-def _call(
-    required: Sequence[inspect.Parameter], filled: Sequence[Any], source: str
-) -> ExampleInputs:
+def _call(required: Sequence[inspect.Parameter], filled: Sequence[Any], source: str) -> ExampleInputs:
     """Positional where the signature allows it, by name where it is keyword-only."""
     pairs = list(zip(required, filled, strict=True))
     args = tuple(value for p, value in pairs if p.kind is not p.KEYWORD_ONLY)
@@ -163,9 +161,7 @@ def _is_2d_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 2
 
 
-def _values(
-    module: nn.Module, vocabulary: int, lengths: Sequence[int], sampler: Sampler
-) -> Iterator[Tensor]:
+def _values(module: nn.Module, vocabulary: int, lengths: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
     """Inputs that would fit ``module`` if it were the first layer."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         high = min(vocabulary, module.num_embeddings)

@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from moefy.guess import guesses
 from moefy.samples import SEQUENCE, ExampleInputs, Sampler, example

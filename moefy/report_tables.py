@@ -155,5 +155,5 @@ def _shape(layer: LayerRecord) -> str:
 
 def _common_reason(layers: Sequence[LayerRecord], masked: Sequence[str], first: int) -> str:
     """The reason of a folded line: verbatim when all agree, else with the layer numbers as ``*``."""
-    reasons = {l.reason for l, why in zip(layers, masked, strict=True) if why == masked[first]}
+    reasons = {layer.reason for layer, why in zip(layers, masked, strict=True) if why == masked[first]}
     return (layers[first].reason or "") if len(reasons) == 1 else masked[first]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from textwrap import wrap
 from typing import Any
 
 from moefy import tables
@@ -119,12 +120,14 @@ class RewriteReport:
             blocks.append(layers_table(self.rewritten, width, experts=experts))
         if self.skipped:
             blocks.append(skipped_table(self.skipped, width))
-        params = (self.params_dense, self.params_total, self.params_active)
-        work = (self.flops_dense, self.flops_active)
-        blocks.append(totals_table(params, work, self.dtype, width, experts=experts))
+        if self.rewritten:
+            params = (self.params_dense, self.params_total, self.params_active)
+            work = (self.flops_dense, self.flops_active)
+            blocks.append(totals_table(params, work, self.dtype, width, experts=experts))
         if passes or (passes is None and self.passes):
             blocks.append(passes_table(self.passes, width))
-        blocks.append(self._footer())
+        lines = [part for line in self._footer() for part in wrap(line, width)]
+        blocks.append("\n".join(lines))
         return "\n\n".join(block.rstrip() for block in blocks)
 
     def __str__(self) -> str:
@@ -142,6 +145,8 @@ class RewriteReport:
     def _verdict(self) -> str:
         done, left = len(self.rewritten), len(self.skipped)
         skipped = f"; {left} other candidate{'s' * (left != 1)} skipped" if left else ""
+        if not done:
+            return f"no feed-forward network to rewrite{skipped}"
         networks = f"{done} feed-forward network{'s' * (done != 1)}"
         if self.config is None:
             return f"{networks} can become a Mixture-of-Experts{skipped}"
@@ -149,7 +154,7 @@ class RewriteReport:
         experts = f"{self.config.num_experts} experts, top-{self.config.top_k}"
         return f"{networks} {verb} a Mixture-of-Experts ({experts}){skipped}"
 
-    def _footer(self) -> str:
+    def _footer(self) -> list[str]:
         """What was counted, what was measured, what to know."""
         codes = Counter(layer.code or "other" for layer in self.skipped)
         why = ", ".join(f"{code} {number}" for code, number in codes.most_common())
@@ -159,15 +164,13 @@ class RewriteReport:
             lines.append(self._measured(self.check_error))
         elif not self.dry_run:
             lines.append("outputs were not compared with the dense model (check=False)")
-        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
     def _measured(self, error: float) -> str:
         tolerance = self.check_tolerance
         within = f"; tolerance {tolerance:.0e}" if tolerance is not None else ""
         verb = "match" if tolerance is None or error <= tolerance else "DIFFER from"
-        return (
-            f"outputs {verb} the dense model to {error:.1e} (relative norm, {self.dtype}{within})"
-        )
+        return f"outputs {verb} the dense model to {error:.1e} (relative norm, {self.dtype}{within})"
 
     def _totals(self) -> dict[str, Any]:
         return {

@@ -83,9 +83,7 @@ def to_ascii(text: str) -> str:
     return text.translate(_ASCII).encode("ascii", "replace").decode("ascii")
 
 
-def _draw(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], kept: list[int], width: int
-) -> str:
+def _draw(columns: Sequence[Column], rows: Sequence[Sequence[str]], kept: list[int], width: int) -> str:
     limits: list[int | None] = [None] * len(kept)
     wrapped = [at for at, i in enumerate(kept) if columns[i].wrap]
     if wrapped:

@@ -22,6 +22,7 @@ from moefy.hf.tensors import GRID, Maker
 from moefy.samples import SEQUENCE, ExampleInputs, Sampler, example
 
 MAX_CANDIDATES = 64
+COMBINATIONS = 12  # per selection of inputs
 LENGTHS = (SEQUENCE, 16, 64)  # some models cut the text into blocks of their own
 SOURCE = "Hugging Face config"
 
@@ -46,6 +47,10 @@ _MODALITIES = (
 )
 
 
+# Inputs that few models insist on.
+_SOMETIMES = ("attention_mask", "input_features_mask", "encoder_hidden_states")
+
+
 def hf_inputs(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
     """Candidates for ``model``: all modalities first, so that every tower runs, then fewer inputs."""
     facts = Facts(getattr(model, "config", None))
@@ -61,12 +66,20 @@ def hf_inputs(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
 def _kwargs(model: nn.Module, facts: Facts, sampler: Sampler) -> Iterator[dict[str, Any]]:
     """Selections of inputs, and for each the likeliest tensors first."""
     parameters = inspect.signature(model.forward).parameters
+    selections = _selections(model, parameters, facts)
     for length in LENGTHS:
         maker = Maker(facts, sampler, length)
         yield from _with_placeholders(parameters, facts, maker)
-        for names in _selections(model, parameters, facts):
-            options = {name: maker.options(name) for name in names}
-            yield from _combinations({name: made for name, made in options.items() if made})
+        options = [_options(names, maker) for names in selections]
+        for rounds in (slice(0, 1), slice(1, COMBINATIONS)):
+            for choices in options:
+                yield from itertools.islice(_combinations(choices), rounds.start, rounds.stop)
+
+
+def _options(names: Sequence[str], maker: Maker) -> dict[str, list[Tensor]]:
+    """The tensors for each name that means something to us."""
+    made = {name: maker.options(name) for name in names}
+    return {name: tensors for name, tensors in made.items() if tensors}
 
 
 def _selections(
@@ -75,15 +88,16 @@ def _selections(
     """Which parameters to fill: with all modalities, without, and with one at a time."""
     required = [name for name, p in parameters.items() if _is_required(p)]
     main = str(getattr(model, "main_input_name", "input_ids"))
-    if main not in parameters:
-        main = next((name for name in parameters if name in ("input_ids", "inputs_embeds")), main)
-    base = [main, *required]
+    known = [name for name in (main, "input_ids", "inputs_embeds") if name in parameters]
+    base = [*known[:1], *required]
     if "decoder_input_ids" in parameters and facts.find("is_encoder_decoder"):
         base.append("decoder_input_ids")
     extra = [name for name in _MODALITIES if name in parameters]
     text = ["input_ids"] if "input_ids" in parameters else []
     wanted = [[*base, *text, *extra], base, [*base, *text], [*base, *extra]]
-    wanted += [[*base, *text, name] for name in extra]
+    late = [name for name in _SOMETIMES if name in parameters]
+    wanted += [[*base, *text, name] for name in [*extra, *late]]
+    wanted.append([*base, *text, *extra, *late])
     return list(dict.fromkeys(tuple(dict.fromkeys(names)) for names in wanted))
 
 
@@ -97,7 +111,7 @@ def _combinations(options: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str,
     if not options:
         return
     ranks = itertools.product(*(range(len(made)) for made in options.values()))
-    for rank in itertools.islice(sorted(itertools.islice(ranks, 5000), key=sum), 12):
+    for rank in sorted(itertools.islice(ranks, 5000), key=sum):
         yield {name: made[i] for (name, made), i in zip(options.items(), rank, strict=True)}
 
 

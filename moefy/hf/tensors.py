@@ -21,7 +21,8 @@ SAMPLES = 4000  # a quarter of a second of sound at 16 kHz
 VOCABULARY = 1000  # ids above are often special
 
 TOKENS = ("input_ids", "decoder_input_ids", "qformer_input_ids", "text_ids")
-MASKS = ("attention_mask", "qformer_attention_mask", "input_features_mask", "past_values_padding")
+MASKS = ("attention_mask", "qformer_attention_mask", "past_values_padding")
+FRAMES = 96  # of a mel spectrogram
 
 
 class Maker:
@@ -48,11 +49,12 @@ class Maker:
             "pixel_attention_mask": lambda: [sampler.integers(1, GRID * GRID)],
             "pixel_position_ids": self._positions,
             "image": self._pixels,
+            "input_features_mask": lambda: [sampler.integers(1, FRAMES)],
             "input_values": self._sound,
             "input_features": self._features,
             "spectrogram": self._features,
             "audio_mel": self._features,
-            "audio_mel_mask": lambda: [sampler.full(1, 96, value=0).bool()],
+            "audio_mel_mask": lambda: [sampler.full(1, FRAMES, value=0).bool()],
             "hidden_states": self._hidden,
             "inputs_embeds": self._embedded,
             "encoder_hidden_states": self._embedded,
@@ -123,7 +125,7 @@ class Maker:
         """A picture; several pictures or frames; a bag of patches; patches of one row each."""
         sides, channels = self.facts.image_size(), self._channels()
         picture = self.sampler.floats(1, channels, *sides)
-        frames = self.facts.integer("num_frames", "max_num_images", default=1, prefer=VISION)
+        frames = self.facts.integer("num_frames", "max_num_images", default=2, prefer=VISION)
         clip = self.sampler.floats(1, frames, channels, *sides)
         tiles = self.facts.integer("max_num_tiles", default=1, prefer=VISION)
         tiled = self.sampler.floats(1, 1, tiles, channels, *sides)
@@ -171,10 +173,10 @@ class Maker:
         bins = self.facts.integer(*names, *more, default=80, prefer=AUDIO)
         positions = self.facts.integer("max_source_positions", default=48, prefer=AUDIO)
         side = self.facts.integer("spec_size", default=96, prefer=AUDIO)
-        last = [self.sampler.floats(1, 96, bins), self.sampler.floats(1, bins, 2 * positions)]
+        last = [self.sampler.floats(1, FRAMES, bins), self.sampler.floats(1, bins, 2 * positions)]
         if self.facts.has("max_source_positions") and not self.facts.has("input_feat_per_channel"):
             last.reverse()
-        return [*last, self.sampler.floats(1, bins, 96), self.sampler.floats(1, 1, 4 * side, bins)]
+        return [*last, self.sampler.floats(1, bins, FRAMES), self.sampler.floats(1, 1, 4 * side, bins)]
 
     # ---- hidden states
 

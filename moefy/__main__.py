@@ -1,0 +1,6 @@
+"""``python -m moefy`` is the command ``moefy``."""
+
+from moefy.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,16 @@
+"""``moefy bench``: one module per benchmark, each with its options and a result for people and programs.
+
+To add one: a module with a ``Benchmark`` whose ``run`` returns a ``Result``, and its name in ``BENCHES``.
+
+    >>> [bench.name for bench in BENCHES]
+    ['transform']
+"""
+
+from __future__ import annotations
+
+from moefy.bench.base import Benchmark, Result
+from moefy.bench.transform_cost import TRANSFORM_COST
+
+__all__ = ["BENCHES", "Benchmark", "Result"]
+
+BENCHES: tuple[Benchmark, ...] = (TRANSFORM_COST,)

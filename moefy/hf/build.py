@@ -1,0 +1,127 @@
+"""A Hugging Face model from its config file, without memory and without a download.
+
+Contract: the weights are ``FakeTensor`` s on the CPU: shapes and dtypes, no storage. Reads one local JSON file,
+never the network, never code from the folder (no ``trust_remote_code``).
+
+    >>> model = build_from_config(Path("llama-70b/config.json"))    # doctest: +SKIP
+    >>> sum(p.numel() for p in model.parameters())                  # 70 B parameters, 0.4 GB of memory
+    70553706496
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moefy.errors import UsageError
+
+_AUTO_CLASSES = (  # from the most to the least telling head
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+
+
+def config_file(target: str | Path) -> Path | None:
+    """The config file that ``target`` is, or holds as ``config.json``; ``None`` when it is neither."""
+    path = Path(target)
+    if path.is_dir():
+        path = path / "config.json"
+    return path if path.is_file() and path.suffix == ".json" else None
+
+
+def build_from_config(path: Path) -> nn.Module:
+    """The model that the config at ``path`` describes, in eval mode, on fake tensors.
+
+    Raises:
+        UsageError: the file is no Hugging Face config, transformers is missing or does not know the model.
+    """
+    transformers = _transformers()
+    config = _load(transformers, path)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    build = _constructor(transformers, config, path)
+    try:
+        with mode:
+            return build().eval()
+    except torch._subclasses.fake_tensor.DataDependentOutputException:
+        # Some constructors read values (a drop-path schedule): meta tensors of transformers' own device
+        # context leave tensors that name their device alone, and become fake ones afterwards.
+        with torch.device("meta"):
+            model = build()
+        _to_fake(model, mode)
+        return model.eval()
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise UsageError(
+            "a Hugging Face config needs the transformers package: pip install 'moefy[hf]'"
+        ) from error
+
+
+def _load(transformers: Any, path: Path) -> Any:
+    """The config object; every way of being no config is one line for the user."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON: {error}") from error
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind is None:
+        raise UsageError(f"{path}: no 'model_type'; expected the config.json of a Hugging Face model")
+    if kind not in transformers.CONFIG_MAPPING:
+        version = transformers.__version__
+        raise UsageError(f"{path}: model_type {kind!r} is not part of transformers {version}")
+    try:
+        return transformers.CONFIG_MAPPING[kind].from_dict(data)
+    except Exception as error:  # third-party validation raises what it likes
+        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _constructor(transformers: Any, config: Any, path: Path) -> Any:
+    """A function that builds the model: the class the config names, else the most telling auto class."""
+    for name in getattr(config, "architectures", None) or ():
+        architecture = getattr(transformers, name, None)
+        if architecture is not None and hasattr(architecture, "_from_config"):
+            return lambda: architecture._from_config(config)
+    for name in _AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping:
+            return lambda auto=auto: auto.from_config(config)
+    raise UsageError(f"{path}: transformers has no model class for {type(config).__name__}")
+
+
+def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every meta parameter and buffer by a fake CPU tensor; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    with mode:
+        for owner, table, name, tensor in _tensors(model):
+            if id(tensor) not in made:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = (
+                    nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+                )
+            getattr(owner, table)[name] = made[id(tensor)]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+    """Every slot of a module that holds a tensor; the originals stay alive in the list."""
+    slots = [
+        (owner, table, name, tensor)
+        for owner in model.modules()
+        for table in ("_parameters", "_buffers")
+        for name, tensor in getattr(owner, table).items()
+        if tensor is not None
+    ]
+    yield from slots
