@@ -57,7 +57,7 @@ def _copy_nodes(
         if node.op == "get_attr":
             env[node] = graph.get_attr(_relative(str(node.target), owner))
             return env[node]
-        return value(next(iter(tensor_inputs(node))))  # a dropped reshape or cast
+        return value(tensor_inputs(node)[0])  # a dropped reshape or cast
 
     for node in nodes:
         if node in covered:
@@ -66,7 +66,7 @@ def _copy_nodes(
                 args = tuple(value(n) for n in call.inputs if n is not None)
                 env[node] = graph.call_module(_relative(call.fqn, owner), args)
         elif op_name(node) in RESHAPES and axis == -1 and keeps_last_axis(node):
-            env[node] = value(next(iter(tensor_inputs(node))))
+            env[node] = value(tensor_inputs(node)[0])
         else:
             env[node] = _copy(graph, node, value, owner)
     graph.output(value(output))

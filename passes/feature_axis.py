@@ -88,7 +88,7 @@ class FeatureAxes:
         if node.op != "call_function":
             return None
         if name in CONVS:
-            return rank - len(shape_of(list(tensor_inputs(node))[0])) + 1 if rank >= 3 else None
+            return rank - len(shape_of(tensor_inputs(node)[0])) + 1 if rank >= 3 else None
         if name in _LAST:
             return rank - 1 if rank else None
         known = [(n, axis) for n in self._needs(node) if (axis := self._known.get(n)) is not None]

@@ -95,6 +95,9 @@ class Matcher:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        for node in trace.graph.nodes:
+            parameter_only(node)  # in execution order, so that it never recurses deeply
+        self.dead = _dead_nodes(trace.graph)
         self.sites = find_linears(trace)
         self.axes = FeatureAxes(self.sites)
         self._known: dict[str, KnownBody | None] = {}
@@ -156,7 +159,7 @@ class Matcher:
             if node.op != "call_function" or parameter_only(node):
                 continue
             for user in node.users:
-                if user not in inside and not _is_dead(user):
+                if user not in inside and user not in self.dead:
                     where = op_name(user) if user.op != "output" else "the model's output"
                     return "escape", f"{op_name(node)} inside the FFN is also used outside it, by {where}"
         return None
@@ -220,7 +223,7 @@ class Matcher:
         for site in _sites_of(regions[0]):
             for parameter in (site.weight_node, site.bias_node):
                 users = parameter.users if parameter is not None else ()
-                if any(u not in allowed and not _is_dead(u) for u in users):
+                if any(u not in allowed and u not in self.dead for u in users):
                     return "shared-weight", f"{parameter.target} is also used elsewhere"  # type: ignore[union-attr]
         return None
 
@@ -257,7 +260,7 @@ class Matcher:
             return None
         inside = region.nodes() | set(region.tail)
         for node in self._span(call):
-            if node not in inside and not _is_dead(node) and not self._pads(node, region):
+            if node not in inside and node not in self.dead and not self._pads(node, region):
                 return None
         tensors = [n for n in call.inputs if n is not None]
         if (
@@ -388,7 +391,7 @@ def _dropout_tail(out: fx.Node, exit_out: fx.Node) -> list[fx.Node] | None:
             name in CASTS or (name in RESHAPES and keeps_last_axis(node))
         ):
             return [] if look_through(exit_out) is look_through(out) else None
-        node = next(iter(tensor_inputs(node)))
+        node = tensor_inputs(node)[0]
     return tail[::-1]
 
 
@@ -421,8 +424,13 @@ def _sites_of(region: Region) -> list[LinearSite]:
     return [*region.entries, region.exit]
 
 
-def _is_dead(node: fx.Node) -> bool:
-    return node.op == "call_function" and all(_is_dead(u) for u in node.users)
+def _dead_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Call nodes whose value reaches no output."""
+    dead: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and all(user in dead for user in node.users):
+            dead.add(node)
+    return dead
 
 
 def _common_fqn(names: list[str]) -> str:

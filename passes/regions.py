@@ -84,7 +84,7 @@ def look_through(node: fx.Node) -> fx.Node:
     """The value behind reshapes that keep the last axis, and casts."""
     while node.op == "call_function":
         name = op_name(node)
-        inputs = list(tensor_inputs(node))
+        inputs = tensor_inputs(node)
         if not inputs or not (name in CASTS or (name in RESHAPES and keeps_last_axis(node))):
             return node
         node = inputs[0]
@@ -93,7 +93,7 @@ def look_through(node: fx.Node) -> fx.Node:
 
 def keeps_last_axis(node: fx.Node) -> bool:
     """Whether a reshape leaves the last axis alone."""
-    inputs = list(tensor_inputs(node))
+    inputs = tensor_inputs(node)
     if not inputs:
         return False
     before, after = shape_of(inputs[0]), shape_of(node)
@@ -120,6 +120,8 @@ def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region 
             if sites[node] is exit_site:
                 return None
             entries.append(sites[node])
+            if issues and not _may_differ(entries):
+                return None
         elif entries and node is _source(entries[0]):
             issues.setdefault("different-source", "the body also reads the FFN's own input")
         elif parameter_only(node):
@@ -143,6 +145,13 @@ def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region 
         return None
     sources = {_source(entry) for entry in entries}
     return Region(entries, exit_site, ordered, issues, _source(entries[0]), len(sources) == 1)
+
+
+def _may_differ(entries: list[LinearSite]) -> bool:
+    """Whether it is worth going on: the entries read one source so far, or carry a LoRA adapter."""
+    if any("lora_" in entry.weight or ".base_layer." in entry.weight for entry in entries):
+        return True
+    return len({_source(entry) for entry in entries}) == 1
 
 
 def _source(entry: LinearSite) -> fx.Node:
@@ -201,11 +210,11 @@ def splits_features(node: fx.Node, axis: int) -> bool:
         return True  # one of the parts of a split
     if name == "getitem":
         index = node.args[1]
-        rank = len(shape_of(list(tensor_inputs(node))[0]))
+        rank = len(shape_of(tensor_inputs(node)[0]))
         return _feature_slice(index if isinstance(index, tuple | list) else (index,), rank, axis % rank)
     if name == "unbind":
         return False
-    rank = len(shape_of(list(tensor_inputs(node))[0]))
+    rank = len(shape_of(tensor_inputs(node)[0]))
     position = {"glu": 1, "narrow": 1}.get(name, 2)
     default = -1 if name == "glu" else 0
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
@@ -268,7 +277,7 @@ def _between(node: fx.Node, stop: set[fx.Node]) -> Iterator[fx.Node]:
         if op_name(node) not in CASTS | RESHAPES:
             return
         yield node
-        node = next(iter(tensor_inputs(node)))
+        node = tensor_inputs(node)[0]
 
 
 def _opaque_text(node: fx.Node) -> str:

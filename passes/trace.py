@@ -370,6 +370,16 @@ def _is_noop(func: Any, args: tuple[Any, ...], out: Any) -> bool:
 
 
 def _map_tensors(tree: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """``tree_map`` over tensors, with the plain containers, which are nearly all there are, done here."""
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind(_map_tensors(item, fn) for item in tree)
+    if kind is dict:
+        return {key: _map_tensors(item, fn) for key, item in tree.items()}
+    if tree is None or kind in (int, float, bool, str, torch.dtype, torch.device):
+        return tree
     return tree_map(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 

@@ -8,7 +8,6 @@ op by name is run once on fake tensors to see which aten ops it is made of.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -288,18 +287,9 @@ def _is_elementwise_op(op: torch._ops.OpOverload) -> bool:
     )
 
 
-def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes that the node reads, in order, each once."""
-    seen: set[fx.Node] = set()
-    for value in node.all_input_nodes:
-        if value not in seen:
-            seen.add(value)
-            yield value
-
-
-def first_input(node: fx.Node) -> fx.Node | None:
-    """The first tensor that the node reads."""
-    return next(tensor_inputs(node), None)
+    return node.all_input_nodes
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -307,16 +297,26 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return node.meta.get("shape") or ()
 
 
-def parameter_only(node: fx.Node, _depth: int = 0) -> bool:
-    """Whether the value depends on parameters, buffers and constants alone (``softplus(self.alpha)``)."""
+def parameter_only(node: fx.Node) -> bool:
+    """Whether the value depends on parameters, buffers and constants alone (``softplus(self.alpha)``).
+
+    Remembered in ``node.meta``: traces are not changed once they are made.
+    """
+    known = node.meta.get("parameter_only")
+    if known is None:
+        known = node.meta["parameter_only"] = _parameter_only(node)
+    return known
+
+
+def _parameter_only(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return not node.meta.get("unknown") or _numel(node) == 1
-    if node.op != "call_function" or _depth > 12:
+    if node.op != "call_function":
         return False
-    inputs = list(tensor_inputs(node))
+    inputs = tensor_inputs(node)
     if not inputs:  # a constant such as torch.tensor(0.5); random tensors are activations
         return _numel(node) == 1 and "rand" not in op_name(node)
-    return all(parameter_only(value, _depth + 1) for value in inputs)
+    return all(map(parameter_only, inputs))
 
 
 def _numel(node: fx.Node) -> int:
