@@ -31,7 +31,7 @@ def build_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batch(size: int = 8, length: int = 96) -> torch.Tensor:
+def batch(size: int = 8, length: int = 64) -> torch.Tensor:
     """Random windows of the text, ``[size, length]`` byte ids."""
     starts = torch.randint(len(TEXT) - length, (size,)).tolist()
     return torch.stack([torch.tensor(list(TEXT[s : s + length])) for s in starts])

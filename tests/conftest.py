@@ -38,6 +38,7 @@ import torch
 
 REQUIRE_ZOO = os.environ.get("MOEFY_REQUIRE_ZOO") == "1"
 ZOO_LIBRARIES = ("torchvision", "timm", "transformers", "x_transformers", "megatron.core", "peft")
+ROOT = Path(__file__).resolve().parent.parent
 BARE_NAMES = ("passes", "triton_ops")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -92,9 +93,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     report = yield
     if report.outcome == "skipped" and _skip_is_failure(str(report.longrepr), is_zoo=False):
         report.outcome = "failed"
-        report.longrepr = (
-            f"MOEFY_REQUIRE_ZOO=1, but {collector.nodeid} was skipped: {report.longrepr}"
-        )
+        report.longrepr = f"MOEFY_REQUIRE_ZOO=1, but {collector.nodeid} was skipped: {report.longrepr}"
     return report
 
 
@@ -109,11 +108,17 @@ def _seeded() -> Iterator[None]:
     assert torch.is_grad_enabled() == grad, "the test left another grad mode behind"
 
 
+def _is_the_products(name: str) -> bool:
+    """Whether the top-level module ``name`` is loaded and is the product's folder."""
+    where = list(getattr(sys.modules.get(name), "__path__", []))
+    return any(Path(at).resolve() == ROOT / name for at in where)
+
+
 @pytest.fixture(autouse=True)
 def _one_copy() -> Iterator[None]:
     """No test may import a second copy of moefy's rooms."""
     yield
-    copies = [name for name in BARE_NAMES if name in sys.modules]
+    copies = [name for name in BARE_NAMES if _is_the_products(name)]
     assert not copies, f"imported under a bare name: {copies}; use moefy.passes, moefy.triton_ops"
 
 
