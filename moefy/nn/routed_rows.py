@@ -12,6 +12,7 @@ below it the rows are a plain tensor, which is why autograd, checkpointing, vmap
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class RoutedRows(torch.Tensor):
     ) -> Any:
         """Run ``func`` on the plain tensors and hand the routing to the tensors it returns."""
         kwargs = kwargs or {}
+        func = OPERATORS.get(getattr(func, "__name__", ""), func)
         routing = find_routing((args, tuple(kwargs.values())))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
@@ -39,11 +41,55 @@ class RoutedRows(torch.Tensor):
         return rewrap(out, routing)
 
 
+def _rpow(x: torch.Tensor, base: Any) -> torch.Tensor:
+    return torch.pow(base, x)
+
+
+def _rdiv(x: torch.Tensor, other: Any) -> torch.Tensor:
+    return torch.reciprocal(x) * other
+
+
+def _rfloordiv(x: torch.Tensor, other: Any) -> torch.Tensor:
+    return torch.floor_divide(other, x)
+
+
+# By name: under Dynamo the operators that torch.Tensor defines in Python cannot be called from
+# ``__torch_function__`` and do not hash.
+OPERATORS = {
+    "pow": torch.pow,  # of Tensor.__pow__ too
+    "__rpow__": _rpow,
+    "__rsub__": torch.rsub,
+    "__rdiv__": _rdiv,
+    "__floordiv__": torch.floor_divide,
+    "__rfloordiv__": _rfloordiv,
+}
+
+
 def with_routing(rows: torch.Tensor, routing: Routing) -> RoutedRows:
     """``rows`` as ``RoutedRows`` that carry ``routing``."""
+    admit_to_compiled_frames()
     routed = rows.as_subclass(RoutedRows)
     routed.moefy_routing = routing  # type: ignore[attr-defined]
     return routed
+
+
+def admit_to_compiled_frames() -> bool:
+    """Let a compiled frame take ``RoutedRows`` as inputs, as it gets them after a graph break.
+
+    torch 2.13 and 2.14 watch the first call of a compiled graph with a mode
+    (``_AnalyzeCustomOpInputOutputMode``) that refuses tensor types it does not list, plain
+    ``__torch_function__`` subclasses among them: ``TypeError: Multiple dispatch failed``. With the type
+    listed, forward and gradients are right. Dynamo runs this function while it traces.
+    """
+    wrappers = sys.modules.get("torch._functorch._aot_autograd.runtime_wrappers")
+    handled = getattr(wrappers, "HANDLED_TYPES", None)
+    if wrappers is not None and isinstance(handled, tuple) and RoutedRows not in handled:
+        wrappers.HANDLED_TYPES = (*handled, RoutedRows)  # type: ignore[attr-defined]
+    return True
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo here.
+admit_to_compiled_frames._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def routing_of(rows: Any) -> Routing | None:
