@@ -94,7 +94,20 @@ class Shell:
     flags: list[tuple[nn.Module, str, Any]]
 
 
-def build_layer(model: nn.Module, match: Match, config: MoEConfig) -> Layer:
+class ModelIndex:
+    """Names and fused encoders of a model, looked up once for all layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[int, tuple[str, ...]] = {}
+        self.encoders: list[tuple[str, nn.Module]] = []
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names[id(module)] = (*self.names.get(id(module), ()), name)
+            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+                self.encoders.append((name, module))
+
+
+def build_layer(index: ModelIndex, match: Match, config: MoEConfig) -> Layer:
     """The new modules for ``match``; the model is only read.
 
     Raises:
@@ -102,14 +115,15 @@ def build_layer(model: nn.Module, match: Match, config: MoEConfig) -> Layer:
     """
     origins: dict[str, Origin] = {}
     if match.record.form == "module":
-        swaps = [_moe_swap(model, match, config, origins)]
+        swaps = [_moe_swap(index, match, config, origins)]
     else:
-        swaps = _linear_swaps(model, match, config, origins)
-    return Layer(match.record.fqn, swaps, _fast_path_flags(model, match), origins)
+        swaps = _linear_swaps(index, match, config, origins)
+    return Layer(match.record.fqn, swaps, _fast_path_flags(index, match), origins)
 
 
 # -- an owner becomes an MoE -----------------------------------------------------------------------------------------
-def _moe_swap(model: nn.Module, match: Match, config: MoEConfig, origins: dict[str, Origin]) -> Swap:
+def _moe_swap(index: ModelIndex, match: Match, config: MoEConfig, origins: dict[str, Origin]) -> Swap:
+    model = index.model
     fqn, region = match.record.fqn, match.region
     owner = model.get_submodule(fqn)
     prefix = f"{fqn}." if fqn else ""
@@ -131,7 +145,7 @@ def _moe_swap(model: nn.Module, match: Match, config: MoEConfig, origins: dict[s
     )
     _mirror(owner, moe, fqn, {s.weight[len(prefix) :]: s for s in sites}, config, origins, prefix)
     moe.train(owner.training)
-    return Swap(_names_of(model, owner), owner, moe)
+    return Swap(index.names[id(owner)], owner, moe)
 
 
 def _mirror(
@@ -229,21 +243,21 @@ def _input_name(owner: nn.Module) -> str:
 
 # -- linears inside a larger forward ---------------------------------------------------------------------------------
 def _linear_swaps(
-    model: nn.Module, match: Match, config: MoEConfig, origins: dict[str, Origin]
+    index: ModelIndex, match: Match, config: MoEConfig, origins: dict[str, Origin]
 ) -> list[Swap]:
-    region = match.region
+    model, region = index.model, match.region
     link = FFNLink(match.record.fqn)
     common: dict[str, Any] = {"feature_dim": feature_dim(region), "link": link}
     swaps = []
-    for index, site in enumerate(region.entries):
+    for order, site in enumerate(region.entries):
         old = model.get_submodule(site.name)
-        router = _router(model, region, config, site.name) if index == 0 else None
-        options = {**common, "index": index, "count": len(region.entries), "router": router}
+        router = _router(model, region, config, site.name) if order == 0 else None
+        options = {**common, "index": order, "count": len(region.entries), "router": router}
         new = _expert_linear(EntryLinear, old, site, config, origins, **options)
-        swaps.append(Swap(_names_of(model, old), old, new))
+        swaps.append(Swap(index.names[id(old)], old, new))
     old = model.get_submodule(region.exit.name)
     new = _expert_linear(ExitLinear, old, region.exit, config, origins, **common)
-    return [*swaps, Swap(_names_of(model, old), old, new)]
+    return [*swaps, Swap(index.names[id(old)], old, new)]
 
 
 def _expert_linear(
@@ -297,20 +311,16 @@ def feature_dim(region: Region) -> int:
 
 
 # -- the model's names -----------------------------------------------------------------------------------------------
-def _names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, m in model.named_modules(remove_duplicate=False) if m is module)
-
-
 def _put(model: nn.Module, names: tuple[str, ...], module: nn.Module) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = module
 
 
-def _fast_path_flags(model: nn.Module, match: Match) -> list[Flag]:
+def _fast_path_flags(index: ModelIndex, match: Match) -> list[Flag]:
     """``nn.TransformerEncoder*`` read ``linear1.weight`` in a fused kernel, which stacked experts do not fit."""
     flags: list[Flag] = []
-    for name, module in model.named_modules():
+    for name, module in index.encoders:
         if isinstance(module, nn.TransformerEncoderLayer) and _below(match.record.exit, name):
             flags.append(Flag(module, "activation_relu_or_gelu", 0))
         elif isinstance(module, nn.TransformerEncoder) and _below(match.record.exit, name):

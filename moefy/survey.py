@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,9 +86,10 @@ def survey(
     else:
         parts = _trace_derived(model, outputs)
     matches: dict[Any, Match] = {}
+    tied = _tied_parameters(model)
     for part in parts:
         for match in match_ffns(part.trace):
-            matches.setdefault(match.region.key, _judge_modules(model, match))
+            matches.setdefault(match.region.key, _judge_modules(model, match, tied))
     return Survey(parts, list(matches.values()))
 
 
@@ -143,7 +145,7 @@ def _first_accepted(model: nn.Module, module: nn.Module, outputs: bool, tried: l
     for index, candidate in enumerate(derive_inputs(module)):
         if index == _MAX_CANDIDATES:
             break
-        fake_first = outputs or _prefers_fake(model)
+        fake_first = _prefers_fake(model)
         found = _try(model, module, candidate, fake=fake_first)
         if fake_first and (not isinstance(found, Part) or outputs):
             retry = isinstance(found, Part) or not _is_misfit(found)
@@ -175,7 +177,8 @@ def _try(model: nn.Module, module: nn.Module, inputs: ExampleInputs, *, fake: bo
     if not fake and _without_data(model):
         return RuntimeError("the model has no data (meta or fake tensors)")
     try:
-        with quiet(model, values=not fake):
+        with quiet(model, values=not fake), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # inputs that do not fit warn before they fail
             return Part(module, inputs, _trace(model, module, inputs, fake))
     except Exception as error:  # whatever a user's forward raises means: not with these inputs
         return error
@@ -216,7 +219,7 @@ def _without_data(model: nn.Module) -> bool:
 
 
 # -- what only the live modules tell ---------------------------------------------------------------------------------
-def _judge_modules(model: nn.Module, match: Match) -> Match:
+def _judge_modules(model: nn.Module, match: Match, tied: set[int]) -> Match:
     """Refuse what the surgery would lose: hooks, overridden forwards, weights tied to another module."""
     if not match.record.accepted:
         return match
@@ -235,18 +238,27 @@ def _judge_modules(model: nn.Module, match: Match) -> Match:
             )
     for site in (*region.entries, region.exit):
         for fqn in (site.weight, site.bias):
-            if fqn is not None and match.record.form != "graph" and _tied_elsewhere(model, fqn):
+            if fqn is not None and match.record.form != "graph" and id(_parameter(model, fqn)) in tied:
                 return refuse(match, "shared-weight", f"{fqn} is tied to a parameter of another module")
     return match
 
 
-def _tied_elsewhere(model: nn.Module, fqn: str) -> bool:
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Identities of parameters that two modules own."""
+    owners: dict[int, int] = {}
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and owners.setdefault(id(parameter), id(module)) != id(module):
+                tied.add(id(parameter))
+    return tied
+
+
+def _parameter(model: nn.Module, fqn: str) -> nn.Parameter | None:
     try:
-        parameter = model.get_parameter(fqn)
+        return model.get_parameter(fqn)
     except AttributeError:
-        return False
-    owners = {id(m) for m in model.modules() for p in m._parameters.values() if p is parameter}
-    return len(owners) > 1
+        return None
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

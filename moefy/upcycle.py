@@ -21,7 +21,7 @@ from moefy.progress import progress
 from moefy.quiet import quiet
 from moefy.records import FFNMatch, LayerRecord, PassRecord
 from moefy.rewrite_report import RewriteReport
-from moefy.surgery import Layer, Shell, build_layer
+from moefy.surgery import Layer, ModelIndex, Shell, build_layer
 from moefy.survey import Selection, Survey, select, survey
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -202,7 +202,8 @@ def _rewrite(
     layers: list[Layer | GraphLayer] = []
     records: tuple[PassRecord, ...] = ()
     modules = [m for m in accepted if m.record.form != "graph"]
-    layers += [build_layer(model, m, config) for m in progress(modules, "layers", work=work)]
+    index = ModelIndex(model)
+    layers += [build_layer(index, m, config) for m in progress(modules, "layers", work=work)]
     graphs = [m for m in accepted if m.record.form == "graph"]
     if graphs and isinstance(model, fx.GraphModule):
         graph_layer, record = build_graph_layer(model, graphs, found.parts[0].trace, config)
