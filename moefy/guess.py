@@ -173,7 +173,7 @@ def _values(module: nn.Module, vocabulary: int, lengths: Sequence[int], sampler:
         yield from _images(channels, spatial, sampler)
         return
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm):
-        channels = getattr(module, "num_features", None) or getattr(module, "num_channels", 1)
+        channels = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
         yield from _images(channels, 2, sampler)
         return
     width = _width(module)

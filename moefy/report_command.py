@@ -92,7 +92,7 @@ def _sum(records: Sequence[PassRecord]) -> PassRecord:
 def _inputs(target: Target, model: nn.Module) -> ExampleInputs:
     """The factory's inputs, else the first derived ones that the dense model accepts."""
     if target.example_args or target.example_kwargs:
-        return ExampleInputs(target.example_args, target.example_kwargs or {}, "the factory's")
+        return ExampleInputs(target.example_args, target.example_kwargs, "the factory's")
     tried = []
     for candidate in derive_inputs(model):
         try:

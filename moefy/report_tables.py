@@ -106,10 +106,10 @@ def _layer_columns(layers: Sequence[LayerRecord], experts: bool) -> list[Column]
         Column(title="×", align="right"),
         Column(title="FFN"),
         Column(title="D × H", align="right"),
-        Column(title="form", drop=6),
+        Column(title="form", drop=7),
     ]
     if any(layer.calls > 1 for layer in layers):
-        columns.append(Column(title="calls", align="right", drop=2))
+        columns.append(Column(title="calls", align="right", drop=3))
     if not experts:
         return [
             *columns,
@@ -119,11 +119,11 @@ def _layer_columns(layers: Sequence[LayerRecord], experts: bool) -> list[Column]
         columns.append(Column(title="experts"))
     return [
         *columns,
-        Column(title="params\ndense", align="right"),
-        Column(title="params\ntotal", align="right"),
-        Column(title="params\nactive", align="right", drop=3),
-        Column(title="FLOPs\ndense", align="right", drop=5),
-        Column(title="FLOPs\nactive", align="right", drop=4),
+        Column(title="params\ndense", align="right", drop=2),
+        Column(title="params\ntotal", align="right", drop=1),
+        Column(title="params\nactive", align="right", drop=4),
+        Column(title="FLOPs\ndense", align="right", drop=6),
+        Column(title="FLOPs\nactive", align="right", drop=5),
         Column(title="exactness"),
     ]
 

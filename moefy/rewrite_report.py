@@ -115,7 +115,7 @@ class RewriteReport:
         """
         width = tables.stream_width() if width is None else width
         experts = self.config is not None
-        blocks = [self._heading()]
+        blocks = [_wrapped(self._heading(), width)]
         if self.rewritten:
             blocks.append(layers_table(self.rewritten, width, experts=experts))
         if self.skipped:
@@ -126,21 +126,19 @@ class RewriteReport:
             blocks.append(totals_table(params, work, self.dtype, width, experts=experts))
         if passes or (passes is None and self.passes):
             blocks.append(passes_table(self.passes, width))
-        lines = [part for line in self._footer() for part in wrap(line, width)]
-        blocks.append("\n".join(lines))
+        blocks.append(_wrapped(self._footer(), width))
         return "\n\n".join(block.rstrip() for block in blocks)
 
     def __str__(self) -> str:
         return tables.encodable(self.render())
 
-    def _heading(self) -> str:
+    def _heading(self) -> list[str]:
         state = "dry run, nothing changed" if self.dry_run else "transformed"
-        lines = [
+        return [
             f"moefy report: {self.model_class} ({self.dtype}, {self.device}), {state}",
             self._verdict(),
             f"traced by {self.trace_source} on {self.inputs}",
         ]
-        return "\n".join(lines)
 
     def _verdict(self) -> str:
         done, left = len(self.rewritten), len(self.skipped)
@@ -181,6 +179,10 @@ class RewriteReport:
             "flops_per_token_dense": self.flops_dense,
             "flops_per_token_active": self.flops_active,
         }
+
+
+def _wrapped(lines: list[str], width: int) -> str:
+    return "\n".join(part for line in lines for part in wrap(line, width))
 
 
 def _layer_dict(layer: LayerRecord) -> dict[str, Any]:

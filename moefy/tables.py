@@ -62,7 +62,7 @@ def size(bytes_: int) -> str:
 
 def stream_width(stream: TextIO | None = None) -> int:
     """Columns of the terminal, else 108."""
-    stream = stream or sys.stdout
+    stream = sys.stdout if stream is None else stream
     if _is_terminal(stream):
         return shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
     return DEFAULT_WIDTH
@@ -70,7 +70,7 @@ def stream_width(stream: TextIO | None = None) -> int:
 
 def encodable(text: str, stream: TextIO | None = None) -> str:
     """``text``, with its few non-ASCII signs replaced when the stream cannot encode them."""
-    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    encoding = getattr(stream if stream is not None else sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
@@ -128,8 +128,8 @@ def _scaled(number: int, units: Sequence[str]) -> str:
     return digits + units[unit]
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def _is_terminal(stream: TextIO | None) -> bool:
     try:
-        return stream.isatty()
-    except (AttributeError, ValueError):
+        return stream is not None and stream.isatty()
+    except (AttributeError, ValueError):  # a replaced or a closed stream
         return False

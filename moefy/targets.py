@@ -33,7 +33,7 @@ class Target:
 
     model: nn.Module
     example_args: tuple[Any, ...] = ()
-    example_kwargs: dict[str, Any] | None = None
+    example_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_target(text: str) -> Target:
@@ -115,5 +115,6 @@ def _as_target(made: Any, text: str) -> Target:
             f"factory {text!r} returned {kind}; expected an nn.Module, optionally with example_args "
             "and example_kwargs"
         )
-    model, args, kwargs = (*parts, *((), None)[len(parts) - 1 :])
-    return Target(model.eval(), tuple(args), kwargs)
+    args = parts[1] if len(parts) > 1 else ()
+    kwargs = parts[2] if len(parts) > 2 else {}
+    return Target(parts[0].eval(), tuple(args), dict(kwargs))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moefy.errors import UsageError
 
@@ -52,7 +52,7 @@ def build_from_config(path: Path) -> nn.Module:
     try:
         with mode:
             return build().eval()
-    except torch._subclasses.fake_tensor.DataDependentOutputException:
+    except DataDependentOutputException:
         # Some constructors read values (a drop-path schedule): meta tensors of transformers' own device
         # context leave tensors that name their device alone, and become fake ones afterwards.
         with torch.device("meta"):
