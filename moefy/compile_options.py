@@ -61,9 +61,7 @@ class CompileOptions:
 OWN_OPTIONS = ("inner", "mode", "disable", "inductor", "include", "exclude", "config")
 
 
-def parse_options(
-    options: Mapping[str, Any] | None = None, mode: str | None = None
-) -> CompileOptions:
+def parse_options(options: Mapping[str, Any] | None = None, mode: str | None = None) -> CompileOptions:
     """Read what ``torch.compile`` passed on.
 
     Args:
