@@ -77,7 +77,7 @@ def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, _, ctx.activation, ctx.glu, _ = inputs
+    *tensors, _, _, ctx.activation, ctx.glu, ctx.mask = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -88,11 +88,14 @@ def _double_backward(ctx: Any, *gg: Tensor | None) -> tuple[Tensor | None, ...]:
     Each input gets an alias of its own, so that a path from one input to another (weights that come from x) is not
     counted here again. The saved pre-activations are functions of the inputs, hence get no gradient themselves.
     """
+    places = (1 + i for i in _DIFFERENTIABLE)
+    asked = {p: g for p, g, m in zip(places, gg, ctx.mask, strict=True) if m and g is not None}
+    if not asked:
+        return (None,) * len(ctx.needs_input_grad)
     keep_graph = torch.is_grad_enabled()
     with torch.enable_grad(), autocast_off(ctx.saved_tensors[0].device.type):
         alias = [_alias(t, keep_graph) for t in ctx.saved_tensors]
         inputs = {1 + i: a for i in _DIFFERENTIABLE if (a := alias[1 + i]) is not None}
-        asked = {1 + i: g for i, g in zip(_DIFFERENTIABLE, gg, strict=True) if g is not None}
         out_TD = composed(Layer._make((*alias[1:], ctx.activation, ctx.glu)))
         first = torch.autograd.grad(out_TD, [inputs[p] for p in asked], alias[0], create_graph=True)
         second = torch.autograd.grad(
