@@ -21,6 +21,7 @@ import threading
 from typing import Any
 
 import torch
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moefy.errors import RoutingError, ShapeError
@@ -218,7 +219,8 @@ def carries_subclass(x: torch.Tensor) -> bool:
     """Whether rows made from ``x`` can be ``RoutedRows``: always under Dynamo, never under a dispatch mode."""
     if torch.compiler.is_dynamo_compiling():
         return True
-    return _get_current_dispatch_mode() is None and type(x) in PLAIN_TYPES
+    tracing = _len_torch_dispatch_stack_pre_dispatch() > 0 or _get_current_dispatch_mode() is not None
+    return not tracing and type(x) in PLAIN_TYPES
 
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

@@ -46,7 +46,8 @@ def route(
     The formula is Mixtral's (Jiang et al. 2024, section 2.1): a softmax over the K largest of ``x @ W.T``. It is
     computed in fp32 (fp64 for fp64 inputs) also under autocast; ties go to the lowest expert id.
     """
-    routing = make_routing(x, router_logits(x, router_weight_ED, feature_dim), top_k, feature_dim)
+    logits_TE = router_logits(x, router_weight_ED, feature_dim)
+    routing = make_routing(x, logits_TE, top_k, router_weight_ED.shape[0], feature_dim)
     return routing.top_k_weights, routing.order, routing.offsets
 
 
@@ -57,10 +58,12 @@ def router_logits(x: torch.Tensor, weight_ED: torch.Tensor, feature_dim: int = -
         return torch.mm(as_tokens(x, feature_dim).to(dtype), weight_ED.to(dtype).t())
 
 
-def make_routing(x: torch.Tensor, logits_TE: torch.Tensor, top_k: int, feature_dim: int = -1) -> Routing:
+def make_routing(
+    x: torch.Tensor, logits_TE: torch.Tensor, top_k: int, num_experts: int, feature_dim: int = -1
+) -> Routing:
     """The ``Routing`` of ``x`` that the scores ``logits_TE`` ask for."""
     top_k_weights_TK, top_k_index_TK = top_k_softmax(logits_TE, top_k)
-    order_N, offsets_E = ops.sort_by_expert(top_k_index_TK, logits_TE.shape[1])
+    order_N, offsets_E = ops.sort_by_expert(top_k_index_TK, num_experts)
     return Routing(
         top_k_index=top_k_index_TK,
         top_k_weights=top_k_weights_TK,

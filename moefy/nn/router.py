@@ -83,7 +83,8 @@ class Router(nn.Module):
             raise ShapeError(
                 f"the router expects {self.d_model} features on axis {feature_dim}; got {tuple(x.shape)}"
             )
-        return functional.make_routing(x, self.logits(x, feature_dim), self.top_k, feature_dim)
+        logits_TE = self.logits(x, feature_dim)
+        return functional.make_routing(x, logits_TE, self.top_k, self.num_experts, feature_dim)
 
     def extra_repr(self) -> str:
         """Sizes."""
