@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,9 @@ class _Attributes:
     def __init__(self, module: nn.Module, values: bool) -> None:
         self.attributes = dict(module.__dict__)
         self.containers = {
-            key: value.copy() for key, value in module.__dict__.items() if type(value) in (dict, list, set)
+            key: value.copy()
+            for key, value in module.__dict__.items()
+            if type(value) in (dict, OrderedDict, list, set)  # hooks are kept in an OrderedDict
         }
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         if values:
