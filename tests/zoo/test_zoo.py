@@ -110,9 +110,8 @@ def check_parameters(
 
 
 def check_undone(model: nn.Module, dense: nn.Module) -> None:
-    assert [(n, type(m)) for n, m in model.named_modules()] == [
-        (n, type(m)) for n, m in dense.named_modules()
-    ]
+    names = [(n, type(m).__qualname__) for n, m in model.named_modules()]
+    assert names == [(n, type(m).__qualname__) for n, m in dense.named_modules()]
     now, old = model.state_dict(), dense.state_dict()
     assert list(now) == list(old)
     for name, value in old.items():

@@ -40,7 +40,8 @@ hf("convbert_groups", "ConvBertModel", inputs=text, embedding_size=WIDTH, head_r
    refused={"encoder.layer.0": "grouped", "encoder.layer.1": "grouped"},
    why="ConvBERT with num_groups 2: GroupedLinearLayer multiplies a batch of blocks")  # fmt: skip
 hf("rwkv", "RwkvModel", base={"vocab_size": 40, "hidden_size": WIDTH, "num_hidden_layers": 2,
-                              "intermediate_size": INNER, "attention_hidden_size": WIDTH},
+                              "intermediate_size": INNER, "attention_hidden_size": WIDTH,
+                              "rescale_every": 0},
    inputs=lambda: {"input_ids": ids(2, 5), "use_cache": False},
    refused={"blocks.0.feed_forward": "no-residual|different-source",
             "blocks.1.feed_forward": "no-residual|different-source"},

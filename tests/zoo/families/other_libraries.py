@@ -81,8 +81,8 @@ def tv_convnext() -> Built:
         form="linears",
     ),
     library="torchvision",
-    refused={"squeeze_excitation": "no-residual", "conv_a.0": "norm-between|conv-between"},
-    why="MaxViT: mlp_layer is Sequential(LayerNorm, Linear, GELU, Linear, Dropout); SE multiplies; MBConv has a conv between",
+    refused={"squeeze_excitation": "no-residual", "conv_a.0": "norm-between|conv-between|escape"},
+    why="MaxViT: mlp_layer is Sequential(LayerNorm, Linear, GELU, Linear, Dropout); SE multiplies; MBConv mixes",
 )
 def tv_maxvit() -> Built:
     from torchvision.models.maxvit import MaxVit

@@ -250,7 +250,7 @@ def t5_dtype_probe() -> Built:
 
 
 @family(
-    ffns(BLOCK, 2, "parts.up", "parts.down", bodies.silu, form="linears"),
+    ffns("h.{}.parts", 2, "up", "down", bodies.silu, form="linears"),
     why="linears in an nn.ModuleDict of the block; out_features is read in the forward",
 )
 def module_dict() -> Built:
@@ -268,7 +268,7 @@ def module_dict() -> Built:
 
 
 @family(
-    ffns(BLOCK, 2, "linears.0", "linears.1", bodies.gelu, form="linears"),
+    ffns("h.{}.linears", 2, "0", "1", bodies.gelu, form="linears"),
     why="linears in an nn.ModuleList, called by index",
 )
 def module_list() -> Built:

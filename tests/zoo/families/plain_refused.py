@@ -210,7 +210,7 @@ def maxout() -> Built:
 
 @family(
     why="token shift in the hidden layer: torch.roll over the sequence mixes tokens",
-    refused={"h.0.mlp": "opaque-between"},
+    refused={"h.0.mlp": "opaque-between|concat-between"},
 )
 def roll_between() -> Built:
     def run(m: nn.Module, x: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def post_norm() -> Built:
 @family(GELU, why="sandwich norm (Gemma 2, Swin v2): x + ln(mlp(ln(x))), token-wise norm behind the exit")
 def sandwich_norm() -> Built:
     def rule(m: Flexible, x: Tensor) -> Tensor:
-        return x + m.ln_2(m.mlp(m.ln_1(x + m.attn(x))))
+        x = x + m.attn(x)
+        return x + m.ln_2(m.mlp(m.ln_1(x)))
 
     return blocks(rule)
 

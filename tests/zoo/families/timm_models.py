@@ -40,8 +40,8 @@ def vit() -> Built:
 
 
 @timm_family(
-    ffns(MLP, 2, *FC, bodies.merged(bodies.silu), form="either", gated=True),
-    why="mlp_layer=SwiGLUPacked is GluMlp with gate_last=False: first half activated",
+    ffns(MLP, 2, *FC, bodies.merged(bodies.gelu), form="either", gated=True),
+    why="mlp_layer=SwiGLUPacked is GluMlp with gate_last=False; the block passes its own act_layer (GELU) over SiLU",
 )
 def vit_swiglu_packed() -> Built:
     from timm.layers import SwiGLUPacked
@@ -332,7 +332,7 @@ def focalnet() -> Built:
 
 
 @timm_family(
-    refused={"stages.0.blocks.0": "no-residual|conv-between|norm-between"},
+    refused={"stages.0.1.f1": "no-residual", "stages.3.1.f1": "no-residual"},
     why="StarNet: act(f1(x)) * f2(x) -> g, but BatchNorm and a depthwise conv stand between g and the add",
 )
 def starnet() -> Built:
