@@ -12,7 +12,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import moefy
 from moefy import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,19 +39,50 @@ def test_twenty_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "found 2 · rewritten 2 · skipped 0" in capsys.readouterr().out
 
 
-def test_the_noise_block_runs() -> None:
-    import torch
-    from torch import nn
+class Block(nn.Module):
+    """A pre-norm FFN of width 16 with a residual."""
 
-    import moefy
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def router_gradient(model: nn.Module, x: Tensor, target: Tensor) -> float:
+    """The norm of the loss's gradient for the routers, beside that for the experts."""
+    model.zero_grad()
+    (model(x) - target).square().mean().backward()
+    norms = {True: 0.0, False: 0.0}
+    for name, parameter in model.named_parameters():
+        norms["router" in name] += parameter.grad.square().sum().item()
+    return (norms[True] / norms[False]) ** 0.5
+
+
+def test_symmetry_is_as_the_readme_says() -> None:
+    """No gradient for the router of identical experts; one after the first step of the optimizer."""
+    model = nn.Sequential(Block(), Block()).double()
+    x, target = torch.randn(2, 64, 16).double(), torch.randn(2, 64, 16).double()
+    moefy.transform(model, num_experts=4, top_k=2, example_args=(x,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    assert router_gradient(model, x, target) < 1e-12
+    optimizer.step()
+    assert router_gradient(model, x, target) > 1e-6
+
+
+def test_the_noise_block_runs_and_undo_still_gives_the_dense_model() -> None:
     (block,) = [text for text in blocks("python") if "expert_noise" in text]
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    names = {"moefy": moefy, "model": nn.TransformerEncoder(layer, 1)}
-    exec(compile(block, "README.md", "exec"), names)
-    (up,) = [p for name, p in names["model"].named_parameters() if name.endswith("linear1.weight")]
+    model = nn.TransformerEncoder(layer, 1)
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    exec(compile(block, "README.md", "exec"), {"moefy": moefy, "model": model})
+    (up,) = [p for name, p in model.named_parameters() if name.endswith("linear1.weight")]
     assert up.shape[0] == 8
-    assert not torch.equal(up[0], up[1])
+    relative = (up[1] - up[0]).std() / up[0].std()
+    assert 0.015 < relative < 0.025
+    moefy.undo(model)
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
 
 
 def test_the_shown_report_is_what_moefy_prints(
