@@ -6,6 +6,7 @@ output against the dense one, and only then lets go of the dense weights. Whatev
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
 import torch
@@ -265,7 +266,8 @@ def bare_module(model: nn.Module) -> nn.Module:
         raise ConfigError(
             "model", got="a TorchScript module", expected="the nn.Module that it was scripted from"
         )
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it here would cost seconds
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
         return model._orig_mod
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrappers):

@@ -219,6 +219,9 @@ class Matcher:
         return None
 
     def _shared_weight(self, regions: list[Region]) -> Refusal | None:
+        weights = [s.weight for s in _sites_of(regions[0])]
+        if len(set(weights)) < len(weights):
+            return "shared-weight", f"{weights[-1]} serves two of its linears"
         allowed = set().union(*(r.nodes() for r in regions))
         for site in _sites_of(regions[0]):
             for parameter in (site.weight_node, site.bias_node):

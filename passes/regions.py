@@ -141,7 +141,7 @@ def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region 
         return None
     entries.sort(key=lambda site: site.out.meta["seq"])
     ordered = sorted(body, key=lambda n: n.meta["seq"])
-    if not _has_activation(ordered, entries):
+    if not _has_activation(ordered, exit_site.axis):
         return None
     sources = {_source(entry) for entry in entries}
     return Region(entries, exit_site, ordered, issues, _source(entries[0]), len(sources) == 1)
@@ -235,7 +235,7 @@ def _feature_slice(index: tuple[object, ...] | list[object], rank: int, axis: in
     return True
 
 
-def _has_activation(body: list[fx.Node], entries: list[LinearSite]) -> bool:
+def _has_activation(body: list[fx.Node], axis: int) -> bool:
     """Something non-linear happens: an activation, or the product of two branches."""
     for node in body:
         name = op_name(node)
@@ -248,23 +248,28 @@ def _has_activation(body: list[fx.Node], entries: list[LinearSite]) -> bool:
             return True
         if name in SPLITS or name == "getitem" or name in LINEAR_POINTWISE:
             continue
-        if is_pointwise(node) and not _is_scale(node) and not _serves_a_norm(node):
+        if is_pointwise(node) and not _is_scale(node, axis) and not _serves_a_norm(node, axis):
             return True
     return False
 
 
-def _is_scale(node: fx.Node) -> bool:
+def _is_scale(node: fx.Node, axis: int) -> bool:
     """A product with a scalar, a parameter, or one factor per position."""
     if op_name(node) not in ("mul", "div") or _squares(node):
         return False
     operands = [v for v in tensor_inputs(node) if not parameter_only(v)]
-    return len(operands) < 2 or any(shape_of(v)[-1:] == (1,) for v in operands)
+    return len(operands) < 2 or any(_width(v, axis) == 1 for v in operands)
 
 
-def _serves_a_norm(node: fx.Node) -> bool:
+def _serves_a_norm(node: fx.Node, axis: int) -> bool:
     """A part of a hand-written norm: the square under its mean, or the factor that it yields."""
     users = [op_name(u) for u in node.users]
-    return shape_of(node)[-1:] == (1,) or (bool(users) and all(u in REDUCTIONS for u in users))
+    return _width(node, axis) == 1 or (bool(users) and all(u in REDUCTIONS for u in users))
+
+
+def _width(node: fx.Node, axis: int) -> int:
+    shape = shape_of(node)
+    return shape[axis] if len(shape) >= 2 else 0
 
 
 def _squares(node: fx.Node) -> bool:

@@ -196,31 +196,24 @@ def namespace(node: fx.Node) -> str:
 def is_pointwise(node: fx.Node) -> bool:
     """Whether the node computes each element of its result from the same element of its inputs."""
     name = op_name(node)
-    tagged = _pointwise_by_tag(name)
-    if tagged is not None:
-        return tagged
-    return name not in _NEVER_POINTWISE and node.meta.get("shape") is not None and _pointwise_by_running(node)
+    if _pointwise_by_tag(name):
+        return True
+    if name in _NEVER_POINTWISE or node.meta.get("shape") is None:
+        return False
+    if "pointwise" not in node.meta:
+        node.meta["pointwise"] = _pointwise_by_running(node)
+    return node.meta["pointwise"]
 
 
 @functools.lru_cache(maxsize=4096)
 def _pointwise_by_tag(name: str) -> bool | None:
-    """True or False from the tags of the aten op of that name; None when there is no such op or no verdict."""
-    name = {"rsub": "sub", "rdiv": "div", "rpow": "pow", "pow": "pow"}.get(name, name)
+    """True from the tags of the aten op of that name; None when there is no such op, or it bears no such tag."""
+    name = {"rsub": "sub", "rdiv": "div", "rpow": "pow"}.get(name, name)
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    if packet is None:
+    if packet is None or name in _NEVER_POINTWISE:
         return None
-    tags = [getattr(packet, overload).tags for overload in packet.overloads()]
-    if any(torch.Tag.pointwise in t for t in tags):
-        return name not in NORMS | REDUCTIONS
-    composite = any(_is_composite(getattr(packet, o)._name) for o in packet.overloads())
-    return None if composite else False
-
-
-def _is_composite(name: str) -> bool:
-    try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    except RuntimeError:  # a TorchScript builtin (aten::sort.int) that the dispatcher does not know
-        return False
+    tagged = any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+    return True if tagged else None
 
 
 _NEVER_POINTWISE = (
@@ -244,6 +237,12 @@ _NEVER_POINTWISE = (
             "bmm",
         ]
     )
+)
+
+
+# element-wise aten ops without the tag (torch 2.11 to 2.14), and views that broadcast a parameter
+_UNTAGGED = frozenset(
+    "hardswish _prelu_kernel log_sigmoid_forward view expand unsqueeze _unsafe_view ones_like _to_copy".split()
 )
 
 
@@ -280,11 +279,7 @@ def _pointwise_by_running(node: fx.Node) -> bool:
 
 def _is_elementwise_op(op: torch._ops.OpOverload) -> bool:
     name = op.overloadpacket.__name__
-    return (
-        torch.Tag.pointwise in op.tags
-        or name.strip("_") in CASTS
-        or name in ("_to_copy", "ones_like", "detach")
-    )
+    return torch.Tag.pointwise in op.tags or name.strip("_") in CASTS or name in _UNTAGGED
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
