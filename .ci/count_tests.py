@@ -13,9 +13,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-HEADER = (
-    "# The least number of tests that each leg of .ci/run must execute, by `.ci/run --record`.\n"
-)
+HEADER = "# The least number of tests that each leg of .ci/run must execute, by `.ci/run --record`.\n"
 
 
 def executed(junit: Path) -> int:

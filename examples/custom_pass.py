@@ -46,9 +46,7 @@ class MergeSiblingLinears(Pass):
             x, weights = nodes[0].args[0], [node.args[1] for node in nodes]
             widths = [weight.meta["example_value"].shape[0] for weight in weights]
             with gm.graph.inserting_before(nodes[0]):
-                merged = gm.graph.call_function(
-                    F.linear, (x, gm.graph.call_function(torch.cat, (weights,)))
-                )
+                merged = gm.graph.call_function(F.linear, (x, gm.graph.call_function(torch.cat, (weights,))))
                 parts = gm.graph.call_function(torch.split, (merged, widths, -1))
                 for i, node in enumerate(nodes):
                     part = gm.graph.call_function(operator.getitem, (parts, i))

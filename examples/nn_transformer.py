@@ -17,9 +17,7 @@ import moefy
 
 def build_encoder() -> nn.TransformerEncoder:
     """Three gelu layers of width 64."""
-    layer = nn.TransformerEncoderLayer(
-        64, 4, dim_feedforward=256, activation="gelu", batch_first=True
-    )
+    layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=256, activation="gelu", batch_first=True)
     return nn.TransformerEncoder(layer, 3).eval()
 
 

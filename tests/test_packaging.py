@@ -36,9 +36,7 @@ KINDS = ("bare", "editable", "wheel")
 def run(*command: str | Path, cwd: Path) -> str:
     """The standard output of a command, which must succeed."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -69,9 +67,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the product's files, links as links."""
     at = tmp_path_factory.mktemp("checkout")
     for room in ROOMS:
-        shutil.copytree(
-            ROOT / room, at / room, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / room, at / room, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, at / name)
     return at
@@ -105,9 +101,7 @@ def python_without_moefy(at: Path) -> Path:
     """A python in a new environment that sees this one's libraries, but no editable install."""
     venv.create(at / "venv", with_pip=False, symlinks=True)
     python = at / "venv" / "bin" / "python"
-    site = run(
-        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=at
-    ).strip()
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=at).strip()
     # A path file's lines are added as they are: path files inside them (editable installs) are not
     # followed.
     Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
