@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from moefy.samples import SEQUENCE, ExampleInputs, Sampler, example
 
 MAX_GUESSES = 48
+MAX_LENGTH = 4096
+MAX_LENGTHS = 6
 
 _MASKS = ("mask", "attn_bias", "attention_bias", "rel_pos", "bias", "cache", "past")
 _TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise", "step", "log_snr")
@@ -114,16 +116,23 @@ def _choices(
     if any(word in name for word in _MASKS):
         square = sampler.full(length, length, value=0)
         return [None, sampler.full(1, length), sampler.full(1, length).bool(), square]
+    vectors = [sampler.floats(1, width) for width in _widths(hints)]
     if name in _TIMES:
-        return [sampler.full(1), sampler.integers(1)]
+        return [sampler.full(1), sampler.integers(1), *vectors]
     if name in _LABELS:
-        return [sampler.integers(1, value=0), primary, None]
+        return [sampler.integers(1, value=0), primary, None, *vectors]
     if any(word in name for word in _IDS):
         return [*(v for h in hints for v in h.values if not v.dtype.is_floating_point), primary]
     side = [v for h in hints for v in h.values if v.dtype.is_floating_point]
     if name in _SIDE or "embed" in name or "hidden" in name:
-        return [*_unique([primary, *side]), sampler.full(1)]
+        return [*_unique([primary, *side]), *vectors, sampler.full(1)]
     return [primary, None, *_unique(side)[:3], sampler.integers(1)]
+
+
+def _widths(hints: Sequence[_Hint]) -> list[int]:
+    """The feature widths that the layers name."""
+    values = [hint.values[0] for hint in hints]
+    return list(dict.fromkeys(v.shape[-1] for v in values if v.ndim == 3 and v.dtype.is_floating_point))
 
 
 def _unique(values: Sequence[Tensor]) -> list[Tensor]:
@@ -136,7 +145,8 @@ def _hints(model: nn.Module, sampler: Sampler) -> Iterator[_Hint]:
     lengths = _lengths(model)
     seen: set[tuple[Any, ...]] = set()
     vocabulary = min((m.num_embeddings for m in _embeddings(model)), default=2)
-    for module in model.modules():
+    # Leaves first: the bare parameters of a parent (class token, position table) are no layer that reads the input.
+    for module in sorted(model.modules(), key=lambda m: next(m.children(), None) is not None):
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         values = tuple(_values(module, vocabulary, lengths, sampler))
@@ -151,14 +161,19 @@ def _embeddings(model: nn.Module) -> list[nn.Embedding]:
 
 
 def _lengths(model: nn.Module) -> list[int]:
-    """Sequence lengths to try: 8, then those that parameters shaped like a position table name."""
-    tables = [p.shape[-2] for p in model.parameters() if p.ndim == 3 and p.shape[0] == 1]
-    fixed = [m.normalized_shape[0] for m in model.modules() if _is_2d_norm(m)]
-    return list(dict.fromkeys([SEQUENCE, *(n for n in [*tables, *fixed] if n > 1)]))[:4]
-
-
-def _is_2d_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 2
+    """Sequence lengths to try: 8, then those of position tables, then widths that may mix tokens."""
+    tables, mixers = [], []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 3 and parameter.shape[0] == 1:
+                tables.append(parameter.shape[1])
+            elif parameter.ndim == 2 and isinstance(module, nn.LayerNorm):
+                tables.append(parameter.shape[0])
+            elif parameter.ndim == 2 and not isinstance(module, nn.Linear | nn.Embedding):
+                mixers.append(parameter.shape[0])
+            elif isinstance(module, nn.Linear | nn.Conv1d) and parameter.ndim > 1:
+                mixers.append(parameter.shape[1])
+    return [n for n in dict.fromkeys([SEQUENCE, *tables, *mixers]) if 1 < n <= MAX_LENGTH][:MAX_LENGTHS]
 
 
 def _values(module: nn.Module, vocabulary: int, lengths: Sequence[int], sampler: Sampler) -> Iterator[Tensor]:
@@ -186,7 +201,7 @@ def _values(module: nn.Module, vocabulary: int, lengths: Sequence[int], sampler:
 
 def _images(channels: int, spatial: int, sampler: Sampler) -> Iterator[Tensor]:
     """Small pictures first; 224 and 32 are the sizes that models with position tables were made for."""
-    sizes = {1: (16, 64, 256), 2: (32, 64, 224, 28, 384), 3: (16, 32)}[spatial]
+    sizes = {1: (16, 64, 256), 2: (32, 64, 224, 28, 384, 16), 3: (16, 32)}[spatial]
     for side in sizes:
         yield sampler.floats(1, channels, *([side] * spatial))
 

@@ -18,6 +18,8 @@ from torch import fx, nn
 from moefy.guess import guesses
 from moefy.samples import SEQUENCE, ExampleInputs, Sampler, example
 
+_SIDES = ("img_size", "image_size", "input_resolution")
+
 __all__ = ["ExampleInputs", "derive_inputs"]
 
 
@@ -33,6 +35,7 @@ def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
         yield from hf_inputs(model, sampler)
     yield from _from_timm(model, sampler)
     yield from _from_torchvision(model, sampler)
+    yield from _from_image_size(model, sampler)
     yield from guesses(model, sampler)
 
 
@@ -116,6 +119,20 @@ def _from_torchvision(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInp
     else:
         side = getattr(model, "image_size", None) or (299 if "inception" in path else 224)
         yield example((sampler.floats(1, 3, side, side),), {}, source)
+
+
+def _from_image_size(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
+    """A picture of the size that some part of the model remembers (timm's ``patch_embed.img_size``)."""
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is None:
+        return
+    for module in model.modules():
+        side = next((v for name in _SIDES if (v := getattr(module, name, None)) is not None), None)
+        sides = (side, side) if isinstance(side, int) else side
+        if isinstance(sides, tuple | list) and len(sides) == 2 and all(isinstance(n, int) for n in sides):
+            source = f"{type(module).__name__} names this image size"
+            yield example((sampler.floats(1, convolution.in_channels, *sides),), {}, source)
+            return
 
 
 def _is_3d(model: nn.Module) -> bool:

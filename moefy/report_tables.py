@@ -67,8 +67,8 @@ def totals_table(
         rows.append([f"weights in {dtype}", *memory])
     dense, active = map(flops, ffn_flops)
     rows.append(["FLOPs per token, rewritten FFNs", dense, *(["", active] if experts else [])])
-    titles = ["dense", "all experts", "active per token"][: len(shown)]
-    columns = [Column(title="total")]
+    titles = ["dense", "all\nexperts", "active\nper token"][: len(shown)]
+    columns = [Column(title="total", wrap=True)]
     columns += [Column(title=title, align="right") for title in titles]
     return draw(columns, rows, width)
 

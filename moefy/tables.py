@@ -15,7 +15,7 @@ from typing import TextIO
 from tabulate import tabulate
 
 DEFAULT_WIDTH = 108  # what a README shows without a scroll bar
-MIN_WRAPPED = 24
+MIN_WRAPPED = 20
 
 _ASCII = str.maketrans({"─": "-", "×": "x", "→": "->", "…": "~", "·": "-", "✓": "ok"})
 
