@@ -14,6 +14,9 @@ from zoo.families import (
     plain_lookalikes,
     plain_refused,
     plain_residual,
+    second_hf,
+    second_plain,
+    second_timm,
     timm_models,
     torch_transformer,
 )
@@ -30,6 +33,9 @@ __all__ = [
     "plain_lookalikes",
     "plain_refused",
     "plain_residual",
+    "second_hf",
+    "second_plain",
+    "second_timm",
     "timm_models",
     "torch_transformer",
 ]
