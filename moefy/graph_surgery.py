@@ -109,7 +109,7 @@ def build_graph_layer(
         first = region.entries[0]
         for site in (*region.entries, region.exit):
             _stack_site(model, site, trace, config, modules, parameters, origins)
-        place = f"{first.name}.router" if first.name != first.weight else "router"
+        place = f"{first.owner}.router" if first.owner else "router"
         if hasattr(model.get_submodule(place.rpartition(".")[0]), "router") or place in routers:
             raise NameClash(first.name, "router")
         routers[place] = _router(model, first, config)
@@ -143,7 +143,7 @@ def _stack_site(
     origins: dict[str, Origin],
 ) -> None:
     """Stack the site's parameters, at every name under which the graph module holds them."""
-    old = model.get_submodule(site.name) if site.name != site.weight else model
+    old = model.get_submodule(site.owner)
     own = {n for n, p in old._parameters.items() if p is not None}
     stacked: dict[str, nn.Parameter] = {}
     for fqn, layout in ((site.weight, site.layout), (site.bias, "bias")):
@@ -152,7 +152,7 @@ def _stack_site(
             stacked[fqn] = stack(dense, config.num_experts, layout)  # type: ignore[arg-type]
             origin = Origin.of(dense, layout, stacked[fqn])  # type: ignore[arg-type]
             origins.update(dict.fromkeys(trace.aliases.get(fqn, (fqn,)), origin))
-    whole = {f"{site.name}.{n}" for n in own}
+    whole = {f"{site.owner}.{n}" for n in own}
     if whole == set(stacked) and not old._modules and old is not model and own <= {"weight", "bias"}:
         widths = (site.in_features, site.out_features, config.num_experts)
         new = ExpertLinear(*widths, bias=site.bias is not None, device="meta")

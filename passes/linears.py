@@ -55,8 +55,13 @@ class LinearSite:
 
     @property
     def name(self) -> str:
-        """FQN of the module that owns the weight, for reports."""
-        return self.weight.rpartition(".")[0] or self.weight
+        """FQN of the linear's module; of the weight itself when that is no module's ``weight``."""
+        return self.weight.removesuffix(".weight")
+
+    @property
+    def owner(self) -> str:
+        """FQN of the module that holds the weight."""
+        return self.weight.rpartition(".")[0]
 
 
 def find_linears(trace: Trace) -> dict[fx.Node, LinearSite]:
@@ -73,7 +78,9 @@ def find_linears(trace: Trace) -> dict[fx.Node, LinearSite]:
 
 def _linear(node: fx.Node) -> LinearSite | None:
     name = op_name(node)
-    if namespace(node) == "quantized" and "linear" in name:
+    if (namespace(node) == "quantized" and "linear" in name) or (
+        name.startswith("opaque_") and "Linear" in name
+    ):
         return _opaque_site(node, ("quantized", "the linear is quantised"))
     if name == "linear":
         return _from_linear(node)

@@ -143,10 +143,10 @@ class Matcher:
             return "lora", "a linear carries a LoRA adapter; merge or unload it first"
         rules: Iterable[Callable[[Region], Refusal | None]] = (
             _linear_problem,
+            self._router_above,
             self._escape,
             self._body_issue,
             _width,
-            self._router_above,
             self._no_residual,
             self._token_mixing,
         )
@@ -306,7 +306,7 @@ class Matcher:
 
     def _linear_call(self, site: LinearSite) -> ModuleCall | None:
         """The module call that is exactly this linear."""
-        owner = site.weight.rpartition(".")[0]
+        owner = site.owner
         if site.weight != f"{owner}.weight" or site.bias not in (None, f"{owner}.bias"):
             return None
         for index in self.trace.ancestors(site.node_call) if site.node_call is not None else ():

@@ -60,17 +60,11 @@ class Region:
         return tuple(e.weight for e in self.entries), self.exit.weight
 
     def nodes(self) -> set[fx.Node]:
-        """All call nodes of entries, body and exit."""
+        """All call nodes of entries, body and exit, and the reshapes and casts between body and exit."""
         found = set(self.body) | self.exit.nodes
         for entry in self.entries:
             found |= entry.nodes
-        return found | set(self.padding())
-
-    def padding(self) -> Iterator[fx.Node]:
-        """Reshapes and casts between the body and the linears."""
-        yield from _between(self.exit.x, stop=set(self.body) | {e.out for e in self.entries})
-        for entry in self.entries:
-            yield from _between(entry.x, stop={self.source})
+        return found | set(_between(self.exit.x, stop=found))
 
 
 def find_regions(trace: Trace, sites: dict[fx.Node, LinearSite]) -> list[Region]:
@@ -101,50 +95,89 @@ def keeps_last_axis(node: fx.Node) -> bool:
 
 
 def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region | None:
-    start = look_through(exit_site.x) if exit_site.axis == -1 else exit_site.x
-    entries: list[LinearSite] = []
-    body: set[fx.Node] = set()
-    issues: dict[str, str] = {}
-    heap: list[tuple[int, fx.Node]] = []
-    queued: set[fx.Node] = set()
+    walk = _Walk(exit_site, sites)
+    if not walk.run():
+        return None
+    body = sorted(walk.body, key=lambda n: n.meta["seq"])
+    if not _has_activation(body, exit_site.axis):
+        return None
+    entries = sorted(walk.entries, key=lambda site: site.out.meta["seq"])
+    same_source = len({_source(entry) for entry in entries}) == 1
+    issues = _issues_of(body, entries, walk.issues)
+    return Region(entries, exit_site, body, issues, _source(entries[0]), same_source)
 
-    def push(node: fx.Node) -> None:
-        if node not in queued:
-            queued.add(node)
-            heapq.heappush(heap, (-node.meta["seq"], node))
 
-    push(start)
-    while heap:
-        _, node = heapq.heappop(heap)
-        if node in sites and node is sites[node].out:
-            if sites[node] is exit_site:
-                return None
-            entries.append(sites[node])
-            if issues and not _may_differ(entries):
-                return None
-        elif entries and node is _source(entries[0]):
-            issues.setdefault("different-source", "the body also reads the FFN's own input")
-        elif parameter_only(node):
+class _Walk:
+    """The walk up from one exit, latest nodes first, so that a branch is met before what it came from."""
+
+    def __init__(self, exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> None:
+        self.exit, self.sites, self.axis = exit_site, sites, exit_site.axis
+        self.entries: list[LinearSite] = []
+        self.body: set[fx.Node] = set()
+        self.issues: list[tuple[fx.Node, str, str]] = []
+        self._heap: list[tuple[int, fx.Node]] = []
+        self._queued: set[fx.Node] = set()
+
+    def run(self) -> bool:
+        """Walk until only linears are left. False: no candidate."""
+        self._push(look_through(self.exit.x) if self.axis == -1 else self.exit.x)
+        while self._heap:
+            if not self._visit(heapq.heappop(self._heap)[1]):
+                return False
+        return bool(self.entries)
+
+    def _visit(self, node: fx.Node) -> bool:
+        site = self.sites.get(node)
+        if site is not None and node is site.out:
+            self.entries.append(site)
+            return site is not self.exit and (not self.issues or _may_differ(self.entries))
+        if self.entries and node is _source(self.entries[0]):
+            self.issues.append((node, "different-source", "the body also reads the FFN's own input"))
+        elif parameter_only(node) or (node.op == "call_function" and self._enter(node)):
             if node.op == "call_function":
-                body.add(node)
-                for value in tensor_inputs(node):
-                    push(value)
-        elif node.op != "call_function" or len(body) > MAX_BODY or not _enter(node, issues, exit_site.axis):
-            issues.setdefault("opaque-between", _opaque_text(node))
-            if not entries:
-                return None
-        else:
-            body.add(node)
+                self.body.add(node)
             for value in tensor_inputs(node):
-                push(value)
-    if not entries:
-        return None
-    entries.sort(key=lambda site: site.out.meta["seq"])
-    ordered = sorted(body, key=lambda n: n.meta["seq"])
-    if not _has_activation(ordered, exit_site.axis):
-        return None
-    sources = {_source(entry) for entry in entries}
-    return Region(entries, exit_site, ordered, issues, _source(entries[0]), len(sources) == 1)
+                self._push(value)
+        else:
+            self.issues.append((node, "opaque-between", _opaque_text(node)))
+            return bool(self.entries)
+        return True
+
+    def _push(self, node: fx.Node) -> None:
+        if node not in self._queued:
+            self._queued.add(node)
+            heapq.heappush(self._heap, (-node.meta["seq"], node))
+
+    def _enter(self, node: fx.Node) -> bool:
+        """Whether the walk goes on above ``node``; what must not be in a body is noted."""
+        if len(self.body) > MAX_BODY:
+            return False
+        problem = _problem(node, self.axis)
+        if problem is not None:
+            self.issues.append((node, *problem))
+        return problem is not None or _belongs(node)
+
+
+def _issues_of(
+    body: list[fx.Node], entries: list[LinearSite], noted: list[tuple[fx.Node, str, str]]
+) -> dict[str, str]:
+    """The issues of the body. What does not come from the entries is a foreign value, whatever it is made of."""
+    derived = {entry.out for entry in entries}
+    foreign: set[fx.Node] = set()
+    for node in body:
+        if any(value in derived for value in tensor_inputs(node)):
+            derived.add(node)
+        elif not parameter_only(node):
+            foreign.add(node)
+    issues: dict[str, str] = {}
+    for node, code, text in noted:
+        if node not in foreign:
+            issues.setdefault(code, text)
+    if foreign:
+        issues.setdefault(
+            "different-source", "the body reads a value that does not come from its first linears"
+        )
+    return issues
 
 
 def _may_differ(entries: list[LinearSite]) -> bool:
@@ -158,27 +191,25 @@ def _source(entry: LinearSite) -> fx.Node:
     return look_through(entry.x) if entry.axis == -1 else entry.x
 
 
-def _enter(node: fx.Node, issues: dict[str, str], axis: int) -> bool:
-    """Whether the walk goes on above ``node``; what must not be in a body is noted in ``issues``."""
+def _problem(node: fx.Node, axis: int) -> tuple[str, str] | None:
+    """Code and text of what is wrong with ``node`` in a body; None when nothing is, or when it is opaque."""
     name = op_name(node)
-    if name in CASTS or name in DROPOUTS:
-        return True
-    if name in RESHAPES:
-        if axis != -1 or not keeps_last_axis(node):
-            issues.setdefault("feature-axis", f"{name} between the linears changes the feature axis")
-        return True
-    if name == "getitem" or name in SPLITS:
-        if not splits_features(node, axis):
-            issues.setdefault("opaque-between", f"{name} between the linears takes other than features")
-        return True
+    if name in RESHAPES and (axis != -1 or not keeps_last_axis(node)):
+        return "feature-axis", f"{name} between the linears changes the feature axis"
+    if (name == "getitem" or name in SPLITS) and not splits_features(node, axis):
+        return "opaque-between", f"{name} between the linears takes other than features"
     for names, code, text in _ISSUES:
         if name in names:
-            issues.setdefault(code, text.format(name))
-            return True
-    if is_pointwise(node):
-        _check_operands(node, issues, axis)
-        return True
-    return False
+            return code, text.format(name)
+    if is_pointwise(node) and not _operands_fit(node, axis):
+        return "opaque-between", "a parameter in the body does not lie along the feature axis"
+    return None
+
+
+def _belongs(node: fx.Node) -> bool:
+    """Whether ``node`` may be in a body."""
+    name = op_name(node)
+    return name in CASTS | DROPOUTS | RESHAPES | SPLITS or name == "getitem" or is_pointwise(node)
 
 
 _ISSUES = (
@@ -190,17 +221,15 @@ _ISSUES = (
 )
 
 
-def _check_operands(node: fx.Node, issues: dict[str, str], axis: int) -> None:
+def _operands_fit(node: fx.Node, axis: int) -> bool:
     """Parameters in the body may be scalars or lie along the feature axis."""
-    shape = shape_of(node)
-    if not shape:
-        return
-    for value in tensor_inputs(node):
-        other = shape_of(value)
-        if parameter_only(value) and any(
-            size != 1 and len(shape) - len(other) + i != axis % len(shape) for i, size in enumerate(other)
-        ):
-            issues.setdefault("opaque-between", "a parameter in the body does not lie along the feature axis")
+    rank = len(shape_of(node))
+    parameters = [shape_of(value) for value in tensor_inputs(node) if parameter_only(value)]
+    return all(
+        size == 1 or rank - len(shape) + i == axis % rank
+        for shape in parameters
+        for i, size in enumerate(shape)
+    )
 
 
 def splits_features(node: fx.Node, axis: int) -> bool:
@@ -235,17 +264,20 @@ def _feature_slice(index: tuple[object, ...] | list[object], rank: int, axis: in
     return True
 
 
+_NONLINEAR_REDUCTIONS = frozenset("softmax log_softmax amax amin max min".split())
+
+
 def _has_activation(body: list[fx.Node], axis: int) -> bool:
     """Something non-linear happens: an activation, or the product of two branches."""
     for node in body:
         name = op_name(node)
+        if name == "glu" or name in _NONLINEAR_REDUCTIONS:
+            return True
         if (
             parameter_only(node)
             or name in CASTS | RESHAPES | DROPOUTS | PERMUTES | NORMS | REDUCTIONS | CONVS | CONCATS
         ):
             continue
-        if name == "glu":
-            return True
         if name in SPLITS or name == "getitem" or name in LINEAR_POINTWISE:
             continue
         if is_pointwise(node) and not _is_scale(node, axis) and not _serves_a_norm(node, axis):

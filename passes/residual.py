@@ -7,6 +7,7 @@ source or an ancestor of it. Heads, poolers, squeeze-excite blocks and projector
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +40,7 @@ _CARRIERS = (
         ("cat", "concat", "concatenate", "stack", "pad", "roll", "contiguous", "getitem", "mutated_by_view")
     )
 )
-_SCALES = frozenset(["mul", "div", "masked_fill", "where", "nan_to_num", "clamp"])
+_SCALES = frozenset(["mul", "div", "addcmul", "masked_fill", "where", "nan_to_num", "clamp"])
 _MAX_STEPS = 400
 
 
@@ -95,13 +96,15 @@ def _carries(user: fx.Node, value: fx.Node, sites: dict[fx.Node, LinearSite], ax
     if name in ("add", "sub") or name in _CARRIERS:
         return True
     others = [n for n in tensor_inputs(user) if n is not value]
-    return name in _SCALES and all(parameter_only(n) or _is_factor(n, axis) for n in others)
+    return name in _SCALES and all(parameter_only(n) or _is_factor(n, value, axis) for n in others)
 
 
-def _is_factor(node: fx.Node, axis: int) -> bool:
-    """A mask or a gate with one value per position."""
+def _is_factor(node: fx.Node, value: fx.Node, axis: int) -> bool:
+    """A mask, a gate with one value per position, or one that is broadcast over positions (adaptive norms)."""
     shape = shape_of(node)
-    return len(shape) < 2 or shape[axis] == 1 or node.meta.get("dtype") == torch.bool
+    if len(shape) < 2 or shape[axis] == 1 or node.meta.get("dtype") == torch.bool:
+        return True
+    return math.prod(shape) < math.prod(shape_of(value))
 
 
 def _stream(source: fx.Node, sites: dict[fx.Node, LinearSite], axis: int) -> set[fx.Node]:
@@ -127,7 +130,7 @@ def _upstream(node: fx.Node, sites: dict[fx.Node, LinearSite], axis: int) -> Ite
         if inputs and shape_of(inputs[0]) and _is_depthwise(node):
             yield inputs[0]
     elif is_pointwise(node):
-        wide = [n for n in inputs if not _is_factor(n, axis)]
+        wide = [n for n in inputs if not _is_factor(n, node, axis)]
         if len(wide) == 1 and (name in _SCALES or name in ("add", "sub")):
             yield wide[0]
 

@@ -29,6 +29,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from moefy.passes.vocabulary import CASTS
+
 ROOT_CALL = 0
 
 
@@ -41,6 +43,7 @@ class ModuleCall:
     start: int
     inputs: list[fx.Node | None]
     has_other_inputs: bool
+    kind: str
     end: int = -1
     output: Any = None
 
@@ -167,7 +170,7 @@ class Recorder(TorchFunctionMode):
         values = [*args, *kwargs.values()]
         nodes = [self.lookup(v) if isinstance(v, Tensor) else None for v in values]
         others = any(v is not None and not isinstance(v, Tensor) for v in values)
-        self.calls.append(ModuleCall(fqn, self.current, self._seq, nodes, others))
+        self.calls.append(ModuleCall(fqn, self.current, self._seq, nodes, others, _qualified_class(module)))
         self.current = len(self.calls) - 1
         return self.current
 
@@ -176,12 +179,33 @@ class Recorder(TorchFunctionMode):
         if call is None:
             return
         record = self.calls[call]
+        self._bind_opaque(record, out)
         record.end = self._seq
         record.output = _map_tensors(out, lambda t: self.lookup(t) or self._parameter_name(t))
         self.current = record.parent
 
+    def _bind_opaque(self, record: ModuleCall, out: Any) -> None:
+        """A result that no torch call made (quantised and scripted modules): one node for the whole call."""
+        inputs = [n for n in record.inputs if n is not None]
+        for tensor in _tensors(out) if inputs else ():
+            if self.lookup(tensor) is None and id(tensor) not in self._names:
+                self.record(_opaque_call(record.kind), tuple(inputs), {}, tensor)
+
     def _parameter_name(self, tensor: Tensor) -> str | None:
         return self._names.get(id(tensor))
+
+
+@functools.cache
+def _opaque_call(kind: str) -> Callable[..., Any]:
+    def opaque(*args: Any) -> Any:
+        raise RuntimeError(f"a call of {kind} cannot be replayed")
+
+    opaque.__name__ = opaque.__qualname__ = f"opaque_{kind}"
+    return opaque
+
+
+def _qualified_class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}".replace(".", "_")
 
 
 def mutated_by_view(base: Tensor, view: Tensor) -> Tensor:
@@ -365,8 +389,8 @@ def _mutated_argument(func: Any, args: tuple[Any, ...]) -> Tensor | None:
 
 
 def _is_noop(func: Any, args: tuple[Any, ...], out: Any) -> bool:
-    """Whether the call handed its own argument back, as a cast to the same dtype does. Dropout in eval mode stays."""
-    return bool(args) and out is args[0] and "dropout" not in getattr(func, "__name__", "")
+    """Whether the call handed its own argument back, as a cast to the same dtype does."""
+    return bool(args) and out is args[0] and getattr(func, "__name__", "") in CASTS
 
 
 def _map_tensors(tree: Any, fn: Callable[[Tensor], Any]) -> Any:
