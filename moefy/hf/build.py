@@ -22,10 +22,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moefy.errors import UsageError
 
-_AUTO_CLASSES = (  # from the most to the least telling head
-    "AutoModelForCausalLM",
+_AUTO_CLASSES = (  # the first that knows a config: an encoder also has a causal class, which is not its own
     "AutoModelForSeq2SeqLM",
     "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
     "AutoModelForImageClassification",
     "AutoModel",
 )
@@ -89,7 +91,7 @@ def _load(transformers: Any, path: Path) -> Any:
 
 
 def _constructor(transformers: Any, config: Any, path: Path) -> Any:
-    """A function that builds the model: the class the config names, else the most telling auto class."""
+    """A function that builds the model: the class the config names, else the first auto class that knows it."""
     for name in getattr(config, "architectures", None) or ():
         architecture = getattr(transformers, name, None)
         if architecture is not None and hasattr(architecture, "_from_config"):
