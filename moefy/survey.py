@@ -85,6 +85,11 @@ def survey(
         parts = [_trace_given(model, given, outputs)]
     else:
         parts = _trace_derived(model, outputs)
+    return match_parts(model, parts)
+
+
+def match_parts(model: nn.Module, parts: list[Part]) -> Survey:
+    """Match the FFNs of traces that are there already."""
     matches: dict[Any, Match] = {}
     tied = _tied_parameters(model)
     for part in parts:

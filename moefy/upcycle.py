@@ -71,6 +71,20 @@ def transform(
     root = bare_module(model)
     refuse_transformed(root)
     found = survey(root, example_args, example_kwargs, outputs=check)
+    rewrite_survey(root, found, config, include, exclude, check=check)
+    return model
+
+
+def rewrite_survey(
+    root: nn.Module,
+    found: Survey,
+    config: MoEConfig,
+    include: Selection = None,
+    exclude: Selection = None,
+    *,
+    check: bool = True,
+) -> RewriteReport:
+    """The second half of ``transform``: rewrite what a survey found and leave the report on ``root``."""
     matches = select(found.matches, include, exclude)
     if not any(m.record.accepted for m in matches):
         raise NoFFNFound(type(root).__name__, [m.record for m in matches])
@@ -78,7 +92,7 @@ def transform(
     verdict, records = _rewrite(root, found, matches, config, check)
     report_ = make_report(root, found, matches, config, dense_params, verdict, records, dry_run=False)
     root.__dict__["_moefy_report"] = report_
-    return model
+    return report_
 
 
 def find(
