@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _call(factory: Any, text: str) -> Any:
 
 
 def _as_target(made: Any, text: str) -> Target:
-    parts = made if isinstance(made, tuple) else (made,)
+    parts: Sequence[Any] = made if isinstance(made, tuple) else (made,)
     if not parts or not isinstance(parts[0], nn.Module) or len(parts) > 3:
         kind = type(made).__name__
         raise UsageError(

@@ -240,7 +240,8 @@ def splits_features(node: fx.Node, axis: int) -> bool:
     if name == "getitem":
         index = node.args[1]
         rank = len(shape_of(tensor_inputs(node)[0]))
-        return _feature_slice(index if isinstance(index, tuple | list) else (index,), rank, axis % rank)
+        parts = index if isinstance(index, tuple | list) else (index,)
+        return rank > 0 and _feature_slice(parts, rank, axis % rank)
     if name == "unbind":
         return False
     rank = len(shape_of(tensor_inputs(node)[0]))

@@ -48,7 +48,13 @@ _MODALITIES = (
 
 
 # Inputs that few models insist on.
-_SOMETIMES = ("attention_mask", "input_features_mask", "encoder_hidden_states")
+_SOMETIMES = (
+    "attention_mask",
+    "input_features_mask",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "encoder_hidden_states",
+)
 
 
 def hf_inputs(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:

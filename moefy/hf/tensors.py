@@ -133,7 +133,9 @@ class Maker:
         rows = bag[0]
         if self.facts.has("num_frames") and not self.facts.has("image_token_id"):
             return [clip, picture]
-        if self.facts.has("spatial_merge_size", "merge_kernel_size", "num_patches"):
+        if self.facts.has("num_patches"):
+            return [bag, picture, rows]
+        if self.facts.has("spatial_merge_size", "merge_kernel_size"):
             return [rows, bag, picture, clip]
         return [picture, clip, tiled, bag, rows]
 
