@@ -61,8 +61,8 @@ hf("olmoe", "OlmoeForCausalLM", num_key_value_heads=2, num_experts=4, num_expert
    refused={"model.layers.0.mlp": "router-above"}, why="OLMoE: every layer is an MoE already")  # fmt: skip
 hf("lilt", "LiltModel", split("encoder.layer.{}"), split("encoder.layer.{}", prefix="layout_"),
    inputs=lambda: {"input_ids": ids(), "bbox": torch.randint(0, 10, (2, 5, 4)).sort().values},
-   channel_shrink_ratio=2, max_2d_position_embeddings=16, max_position_embeddings=40, pad_token_id=1,
-   why="LiLT: a text and a layout stream, each with intermediate/output siblings, widths 16 and 8")  # fmt: skip
+   hidden_size=24, channel_shrink_ratio=2, max_2d_position_embeddings=16, max_position_embeddings=40, pad_token_id=1,
+   why="LiLT: a text and a layout stream, each with intermediate/output siblings, widths 24 and 12")  # fmt: skip
 hf("swinv2", "Swinv2Model", split("encoder.layers.{}.blocks.{}", [(0, 0), (0, 1), (1, 0)]),
    base={"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2],
          "window_size": 2, "mlp_ratio": 2.0},
