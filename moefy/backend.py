@@ -20,8 +20,8 @@ from torch import fx
 
 from moefy import compile_time
 from moefy.compile_options import CompileOptions, inductor_patches, parse_options
-from moefy.dynamo_frame import unwrapped
-from moefy.errors import MoefyError
+from moefy.dynamo_frame import RestartAnalysis, unwrapped
+from moefy.errors import BackendError, MoefyError
 from moefy.passes import base
 from moefy.records import PassRecord
 
@@ -50,7 +50,7 @@ def backend(
     try:
         parsed = parse_options(options, mode)
         if parsed.moe is not None:
-            compile_time.upcycle_frame(gm, parsed)
+            _upcycle(gm, parsed)
     except MoefyError as error:
         raise unwrapped(error) from error.__cause__
     base.run_pipeline(gm, disable=parsed.disable, graph=compile_time.graph_name())
@@ -69,6 +69,19 @@ def reset() -> None:
 
 
 backend.reset = reset  # type: ignore[attr-defined]  # Dynamo looks for it on the callable
+
+
+def _upcycle(gm: fx.GraphModule, options: CompileOptions) -> None:
+    """Never let an exception of another kind out: Dynamo takes some for a reason to run dense."""
+    try:
+        compile_time.upcycle_frame(gm, options)
+    except (RestartAnalysis, MoefyError):
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"the model could not be made an MoE at compile time ({type(error).__name__}: {error}); "
+            "call moefy.transform(model, num_experts=...) before torch.compile"
+        ) from error
 
 
 def _compile(

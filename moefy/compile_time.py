@@ -33,12 +33,14 @@ from torch import fx, nn
 from torch._guards import CompileContext, tracing
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moefy.compile_options import CompileOptions
+from moefy.compile_options import WHERE, CompileOptions
 from moefy.config import MoEConfig
 from moefy.dynamo_frame import Frame, RestartAnalysis, current_frame, guard_identity
 from moefy.errors import AlreadyTransformed, BackendError, NoFFNFound
 from moefy.passes import base
+from moefy.passes.trace import Trace
 from moefy.records import PassRecord
+from moefy.samples import ExampleInputs
 
 log = logging.getLogger(__name__)
 
@@ -81,22 +83,23 @@ def upcycle_frame(gm: fx.GraphModule, options: CompileOptions) -> None:
     if frame is None:
         raise BackendError("num_experts needs torch.compile: the backend was called by hand")
     root = frame.root
-    if root is None or root in _state.seen:
-        if root is not None and root in _state.guarded:
-            _state.guarded.discard(root)
-            guard_identity(frame)
+    if root is not None and root in _state.guarded:
+        _state.guarded.discard(root)
+        guard_identity(frame)
+    if root is not None and root in _state.seen:
         return
-    check_swappable(root)
-    record, swapped = _transform(frame, options, base.node_count(gm))
-    base.add_run(graph_name(), (record,))
+    if root is not None and frame.call is not None:
+        swapped = _transform_module(frame, frame.call, options, base.node_count(gm))
+    else:
+        swapped = _transform_graph(gm, frame, options)
     if not swapped:
         return
-    if _state.swaps.get(frame.code, 0):
+    if _state.swaps.get(frame.code, 0) and root is not None:
         _state.guarded.add(root)
     _state.swaps[frame.code] = _state.swaps.get(frame.code, 0) + 1
     if not _state.warned:
         _state.warned = True
-        warnings.warn(OPTIMIZER_WARNING, stacklevel=2)
+        warnings.warn(OPTIMIZER_WARNING, stacklevel=3)
     raise RestartAnalysis
 
 
@@ -143,23 +146,24 @@ def _wrapper_classes() -> tuple[type, ...]:
     return tuple(found)
 
 
-def _transform(frame: Frame, options: CompileOptions, nodes: int) -> tuple[PassRecord, bool]:
-    """Run ``moefy.transform`` on the frame's root; what it did, and whether anything was swapped."""
+def _transform_module(
+    frame: Frame, call: tuple[tuple[Any, ...], dict[str, Any]], options: CompileOptions, nodes: int
+) -> bool:
+    """Run ``moefy.transform`` on the frame's root; whether anything was swapped."""
     from moefy.upcycle import report, transform
 
     assert frame.root is not None and options.moe is not None
-    root, ordinal = frame.root, _state.swaps.get(frame.code, 0)
-    args, kwargs = frame.call or ((), {})
-    start = time.perf_counter()
+    root, start = frame.root, time.perf_counter()
+    check_swappable(root)
+    _state.seen.update(root.modules())
     matched, note = 0, ""
-    before = list(root.modules())
     try:
         with _outside_of_dynamo():
             transform(
                 root,
-                config=_own_seed(options.moe, ordinal),
-                example_args=args,
-                example_kwargs=kwargs,
+                config=_own_seed(options.moe, _state.swaps.get(frame.code, 0)),
+                example_args=call[0],
+                example_kwargs=call[1],
                 include=options.include,
                 exclude=options.exclude,
                 check=False,
@@ -171,9 +175,56 @@ def _transform(frame: Frame, options: CompileOptions, nodes: int) -> tuple[PassR
         note = str(error)
     except NoFFNFound as error:
         note = _refusals(error.candidates) or "no candidate"
-        warnings.warn(f'torch.compile(backend="moefy"): {error}', stacklevel=4)
-    _state.seen.update(before)
+        warnings.warn(f"{WHERE}: {error}", stacklevel=4)
     _state.seen.update(root.modules())
+    _record(root, matched, note, nodes, start)
+    return matched > 0
+
+
+def _transform_graph(gm: fx.GraphModule, frame: Frame, options: CompileOptions) -> bool:
+    """Rewrite the FFNs that Dynamo's graph shows, where there is no forward to run again."""
+    from moefy.dynamo_trace import roots_of, trace_below
+
+    assert options.moe is not None
+    swapped = False
+    for root in roots_of(gm):
+        if root in _state.seen:
+            continue
+        start = time.perf_counter()
+        with _outside_of_dynamo():
+            trace = trace_below(gm, root)
+            config = _own_seed(options.moe, _state.swaps.get(frame.code, 0))
+            found = _rewrite_traced(root, trace, config, options)
+        accepted = sum(m.accepted for m in found)
+        refused = _refusals([m for m in found if not m.accepted])
+        if found:
+            _record(root, accepted, refused, base.node_count(gm), start)
+        swapped |= accepted > 0
+    return swapped
+
+
+def _rewrite_traced(root: nn.Module, trace: Trace, config: MoEConfig, options: CompileOptions) -> list[Any]:
+    """``moefy.transform`` for a trace that is there already; the records of all candidates."""
+    from moefy.survey import Part, match_parts
+    from moefy.upcycle import rewrite_survey
+
+    found = match_parts(root, [Part(root, ExampleInputs((), {}, "those of the call"), trace)])
+    if not any(m.record.accepted for m in found.matches):
+        return [m.record for m in found.matches]
+    check_swappable(root)
+    earlier = root.__dict__.get("_moefy_report")
+    try:
+        report = rewrite_survey(root, found, config, options.include, options.exclude, check=False)
+    except NoFFNFound as error:  # include and exclude left nothing
+        return error.candidates
+    if earlier is not None:  # an earlier part of the same frame
+        layers = (*earlier.layers, *report.layers)
+        report = dataclasses.replace(report, layers=layers, params_dense=earlier.params_dense)
+        root.__dict__["_moefy_report"] = report
+    return [m.record for m in found.matches]
+
+
+def _record(root: nn.Module, matched: int, note: str, nodes: int, start: float) -> None:
     record = PassRecord(
         name=NAME,
         matched=matched,
@@ -182,8 +233,8 @@ def _transform(frame: Frame, options: CompileOptions, nodes: int) -> tuple[PassR
         ms=(time.perf_counter() - start) * 1e3,
         note=f"{type(root).__name__}" + (f"; refused: {note}" if note else ""),
     )
+    base.add_run(graph_name(), (record,))
     log.info("%s: %d layers of %s", NAME, matched, record.note)
-    return record, matched > 0
 
 
 def _refusals(candidates: Sequence[Any]) -> str:
