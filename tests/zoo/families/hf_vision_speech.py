@@ -67,6 +67,7 @@ CONVOLUTIONS = {
     "vocab_size": 40, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
     "num_attention_heads": 2, "conv_dim": [8, 8], "conv_stride": [4, 2], "conv_kernel": [4, 2],
     "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    "apply_spec_augment": False,
 }  # fmt: skip
 
 

@@ -108,12 +108,13 @@ def token_mask_behind() -> Built:
     return blocks(rule)
 
 
-@family(GELU, why="in-place residual: x += mlp(ln(x))")
+@family(GELU, why="in-place residual: y = mlp(ln(x)); y += x")
 def inplace_residual() -> Built:
     def rule(m: Flexible, x: Tensor) -> Tensor:
         x = x + m.attn(m.ln_1(x))
-        x += m.mlp(m.ln_2(x))
-        return x
+        y = m.mlp(m.ln_2(x))
+        y += x
+        return y
 
     return blocks(rule)
 

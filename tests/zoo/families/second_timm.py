@@ -50,7 +50,7 @@ def mambaout() -> Built:
 @timm_family(
     mlps("blocks.{}.mlp", 2),
     mlps("cls_attn_blocks.{}.mlp", 1),
-    why="XCiT: gamma2 * mlp(norm2(x)); in class attention the MLP runs on the class token, put back by cat before the add",
+    why="XCiT: gamma2 * mlp(norm2(x)); in class attention the class token is put back by cat before the add",
 )
 def xcit() -> Built:
     from timm.models.xcit import Xcit
