@@ -1,0 +1,69 @@
+"""The CUDA kernels against the CPU's, where there is a GPU: same numbers, same bits again, autocast, opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from ops.layer import parameters, results, routed, tokens
+from ops.samples import SAMPLES, cases
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CASES = cases(torch.float32)
+
+
+def on_cuda(args):
+    def move(a):
+        return a.detach().cuda().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+
+    return [move(a) for a in args]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_equals_cpu_and_repeats(name, i, dtype):
+    op, args = getattr(torch.ops.moefy, name).default, SAMPLES[name](dtype)[i]
+    moved = on_cuda(args)
+    want, got, again = op(*args), op(*moved), op(*moved)
+    eps = 8 * torch.finfo(dtype).eps
+    as_list = lambda r: [r] if isinstance(r, Tensor) else list(r)  # noqa: E731
+    for a, b, c in zip(as_list(got), as_list(want), as_list(again), strict=True):
+        assert torch.equal(a, c)
+        assert_close(a.cpu(), b, rtol=eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_on_cuda(name):
+    torch.library.opcheck(
+        getattr(torch.ops.moefy, name).default, tuple(on_cuda(SAMPLES[name](torch.float32)[0]))
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "small ops"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_layer(fused, autocast):
+    got = results(
+        routed, tokens(33, device="cuda"), parameters(device="cuda"), autocast=autocast, fused=fused
+    )
+    want = results(routed, tokens(33), parameters(), autocast=autocast, fused=fused)
+    assert got[0].dtype is want[0].dtype
+    for a, b in zip(got, want, strict=True):
+        assert (a.cpu() - b).norm() <= 8 * torch.finfo(want[0].dtype).eps * b.norm()
+
+
+def test_routing_does_not_wait_for_the_device():
+    """sort, permute and combine: no host sync."""
+    from moefy import ops
+
+    index_TK = torch.randint(0, 4, (33, 2), device="cuda")
+    x_TD = torch.randn(33, 8, device="cuda", requires_grad=True)
+    w_TK = torch.rand(33, 2, device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        order_N, _ = ops.sort_by_expert(index_TK, 4)
+        ops.combine(ops.permute(x_TD, order_N, 2), w_TK, order_N).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x_TD.grad is not None and w_TK.grad is not None
