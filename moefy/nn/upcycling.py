@@ -82,8 +82,9 @@ def fingerprint(weight: Tensor) -> int | None:
     """A number that changes when any weight does: the sum of the bit patterns. None without data."""
     if weight.is_meta or weight.numel() == 0 or type(weight) not in (Tensor, nn.Parameter):
         return None
-    bits = weight.detach().contiguous().view(_BITS[weight.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    bits = weight.detach().contiguous().view(_BITS[weight.element_size()]).flatten()
+    # In pieces: one sum over all makes an int64 copy of the weight, whose freed pages stayed resident (+13 MB a layer).
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in bits.split(1 << 16))
 
 
 def _to_linear(dense: Tensor, layout: Stored) -> Tensor:
