@@ -13,6 +13,7 @@ import dataclasses
 import operator
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -71,13 +72,13 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
     last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
     with graph.inserting_before(last):
         router = graph.get_attr(match.router)
-        routed = graph.call_function(functional.route, (x, router, match.top_k), {"feature_dim": axis})
+        routed = _leaf(graph, functional.route, (x, router, match.top_k), {"feature_dim": axis})
         weights, order, offsets = (graph.call_function(operator.getitem, (routed, i)) for i in range(3))
         rows = []
         for entry in region.entries:
             linear = _weights(graph, entry.weight, entry.bias)
             args = (x, *linear, order, offsets, match.top_k)
-            rows.append(graph.call_function(functional.expert_entry, args, {"feature_dim": axis}))
+            rows.append(_leaf(graph, functional.expert_entry, args, {"feature_dim": axis}))
         body = body_graph(match.trace, region, "")
         inner: dict[fx.Node, fx.Node] = dict(
             zip((n for n in body.nodes if n.op == "placeholder"), rows, strict=True)
@@ -85,7 +86,7 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
         hidden = graph.graph_copy(body, inner)
         linear = _weights(graph, region.exit.weight, region.exit.bias)
         args = (hidden, *linear, weights, order, offsets, x)
-        out = graph.call_function(functional.expert_exit, args, {"feature_dim": axis})
+        out = _leaf(graph, functional.expert_exit, args, {"feature_dim": axis})
     last.replace_all_uses_with(out)
     return last
 
@@ -100,6 +101,13 @@ def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         nodes.extend(node.all_input_nodes)
         erased.add(node)
         graph.erase_node(node)
+
+
+def _leaf(graph: fx.Graph, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """A call that stays one node when the graph is traced again, as unpickling a GraphModule does."""
+    node = graph.call_function(function, args, kwargs)
+    node.meta["is_wrapped"] = True
+    return node
 
 
 def _weights(graph: fx.Graph, weight: str, bias: str | None) -> tuple[fx.Node, fx.Node | None]:

@@ -32,7 +32,8 @@ class LinearSite:
     """One linear map at one place of the trace.
 
     ``weight`` and ``bias`` are FQNs; ``layout`` says how the dense weight is stored; ``axis`` is the feature axis of
-    input and output (-1, or 1 for convolutions); ``nodes`` are all its trace nodes, ``out`` the last of them.
+    input and output (-1, or 1 for convolutions); ``nodes`` are all its trace nodes, ``out`` the last of them, ``bare``
+    the value before a bias that was added apart.
     """
 
     x: fx.Node
@@ -47,6 +48,13 @@ class LinearSite:
     problem: tuple[str, str] | None = None
     weight_node: fx.Node | None = None
     bias_node: fx.Node | None = None
+    bare: fx.Node | None = None
+
+    def leave_bias_outside(self) -> None:
+        """Give the ``+ b`` behind the linear back: the owner answers ``(out, bias)`` and its caller adds them."""
+        assert self.bare is not None
+        self.nodes.discard(self.out)
+        self.out, self.bare, self.bias_node = self.bare, None, None
 
     @property
     def node_call(self) -> int | None:
@@ -196,6 +204,8 @@ def _weight_problem(weight: fx.Node) -> tuple[str, str] | None:
         if any(n.meta["dtype"] in (torch.int8, torch.uint8, torch.int32) for n in inputs):
             return "quantized", "the weight is dequantised from integers at run time"
         return "computed-weight", "the weight is computed at run time (a parametrization or weight norm)"
+    if weight.meta.get("subclass") == "DTensor":
+        return "sharded", "the weight is a DTensor; transform the model before it is sharded"
     if weight.meta.get("subclass"):
         return "quantized", f"the weight is a {weight.meta['subclass']}, not a plain tensor"
     if weight.meta.get("unknown"):
@@ -265,6 +275,7 @@ def _absorb_bias(site: LinearSite) -> None:
         while out is not site.out:  # the reshapes between belong to the site
             site.nodes.add(out)
             out = out.all_input_nodes[0]
+        site.bare = site.out
         site.bias, site.bias_node, site.out = str(other[0].target), other[0], user
         site.nodes.add(user)
         return

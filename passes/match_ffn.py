@@ -241,12 +241,19 @@ class Matcher:
 
     # -- where it stands -----------------------------------------------------------------------------------------
     def _form(self, regions: list[Region], owner: tuple[str, bool] | None) -> tuple[Form | None, str, bool]:
-        common = _common_fqn([s.name for s in _sites_of(regions[0])])
+        common = _common_fqn([self._place(s) for s in _sites_of(regions[0])])
         if self.trace.source == "fx graph" and not (owner and self._within_one_call(regions[0])):
             return ("graph" if all(map(_graph_visible, regions)) else None), common, False
         if owner is not None:
             return "module", owner[0], owner[1]
         return ("linears" if all(map(self._swappable, regions)) else None), common, False
+
+    def _place(self, site: LinearSite) -> str:
+        """FQN of the linear; of the module that ran it when its weight has no name of its own."""
+        node = site.weight_node
+        if node is not None and node.op == "get_attr" and not node.meta.get("unknown"):
+            return site.name
+        return self.trace.calls[site.node_call].fqn if site.node_call is not None else ""
 
     def _within_one_call(self, region: Region) -> bool:
         origins = {n.meta["origin"] for n in region.nodes()}
@@ -254,6 +261,8 @@ class Matcher:
 
     def _owner(self, region: Region) -> tuple[str, bool] | None:
         """FQN of the module whose whole forward is the region, and whether it answers a pair."""
+        if self._answers_bias(region):
+            region.exit.leave_bias_outside()
         call_index = next(iter(self._calls_around(region)), None)
         if call_index is None:
             return None
@@ -276,6 +285,24 @@ class Matcher:
         if any(not s.weight.startswith(prefix) for s in _sites_of(region)):
             return None
         return answer
+
+    def _answers_bias(self, region: Region) -> bool:
+        """Whether a module returns the exit's output and its bias apart, for its caller to add (Megatron's MLP)."""
+        bare = region.exit.bare
+        if bare is None or bare.meta["call"] is None:
+            return False
+        first = min(e.out.meta["seq"] for e in region.entries)
+        for index in self.trace.ancestors(bare.meta["call"]):
+            call = self.trace.calls[index]
+            if call.start <= first and isinstance(call.output, tuple) and len(call.output) == 2:
+                out, bias = call.output
+                fqn = str(bias.target) if isinstance(bias, fx.Node) else bias
+                return (
+                    isinstance(out, fx.Node)
+                    and look_through(out) is look_through(bare)
+                    and fqn == region.exit.bias
+                )
+        return False
 
     def _span(self, call: ModuleCall) -> list[fx.Node]:
         """The call nodes that ran inside ``call``."""
@@ -352,7 +379,8 @@ class Matcher:
         signature = f"{graph} {[e.out_features for e in region.entries]}"
         if signature not in self._known:
             body = fx.GraphModule(torch.nn.Module(), graph)
-            self._known[signature] = classify_body(body, [e.out_features for e in region.entries])
+            widths = [e.out_features for e in region.entries]
+            self._known[signature] = classify_body(body.forward, widths)  # a call would print on errors
         return self._known[signature]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 import operator
 from collections.abc import Iterator
 
@@ -28,6 +29,7 @@ from moefy.passes.vocabulary import (
     RESHAPES,
     SPLITS,
     is_pointwise,
+    moved_axis,
     op_name,
     parameter_only,
     shape_of,
@@ -99,48 +101,54 @@ def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region 
     if not walk.run():
         return None
     body = sorted(walk.body, key=lambda n: n.meta["seq"])
-    if not _has_activation(body, exit_site.axis):
-        return None
     entries = sorted(walk.entries, key=lambda site: site.out.meta["seq"])
+    check = _BodyCheck(entries, walk.issues)
+    axes = check.run(body)
+    if not any(_activates(node, axes.get(node, exit_site.axis)) for node in body):
+        return None
+    start = look_through(exit_site.x) if exit_site.axis == -1 else exit_site.x
+    if start in axes and axes[start] != exit_site.axis % len(shape_of(start)):
+        check.issues.setdefault("feature-axis", "the body moves the feature axis")
     same_source = len({_source(entry) for entry in entries}) == 1
-    issues = _issues_of(body, entries, walk.issues)
-    return Region(entries, exit_site, body, issues, _source(entries[0]), same_source)
+    return Region(entries, exit_site, body, check.issues, _source(entries[0]), same_source)
 
 
 class _Walk:
     """The walk up from one exit, latest nodes first, so that a branch is met before what it came from."""
 
     def __init__(self, exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> None:
-        self.exit, self.sites, self.axis = exit_site, sites, exit_site.axis
+        self.exit, self.sites = exit_site, sites
         self.entries: list[LinearSite] = []
         self.body: set[fx.Node] = set()
-        self.issues: list[tuple[fx.Node, str, str]] = []
+        self.issues: dict[str, str] = {}
+        self.suspicious = False
         self._heap: list[tuple[int, fx.Node]] = []
         self._queued: set[fx.Node] = set()
 
     def run(self) -> bool:
         """Walk until only linears are left. False: no candidate."""
-        self._push(look_through(self.exit.x) if self.axis == -1 else self.exit.x)
+        self._push(look_through(self.exit.x) if self.exit.axis == -1 else self.exit.x)
         while self._heap:
             if not self._visit(heapq.heappop(self._heap)[1]):
                 return False
         return bool(self.entries)
 
     def _visit(self, node: fx.Node) -> bool:
+        """False when this cannot become a candidate any more."""
         site = self.sites.get(node)
         if site is not None and node is site.out:
             self.entries.append(site)
-            return site is not self.exit and (not self.issues or _may_differ(self.entries))
+            return site is not self.exit and (not self.suspicious or _may_differ(self.entries))
         if self.entries and node is _source(self.entries[0]):
-            self.issues.append((node, "different-source", "the body also reads the FFN's own input"))
-        elif parameter_only(node) or (node.op == "call_function" and self._enter(node)):
+            self.issues.setdefault("different-source", "the body also reads the FFN's own input")
+        elif parameter_only(node) or self._passes(node):
             if node.op == "call_function":
                 self.body.add(node)
             for value in tensor_inputs(node):
                 self._push(value)
         else:
-            self.issues.append((node, "opaque-between", _opaque_text(node)))
-            return bool(self.entries)
+            self.issues.setdefault("opaque-between", _opaque_text(node))
+            self.suspicious = True
         return True
 
     def _push(self, node: fx.Node) -> None:
@@ -148,36 +156,48 @@ class _Walk:
             self._queued.add(node)
             heapq.heappush(self._heap, (-node.meta["seq"], node))
 
-    def _enter(self, node: fx.Node) -> bool:
-        """Whether the walk goes on above ``node``; what must not be in a body is noted."""
-        if len(self.body) > MAX_BODY:
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether the walk goes on above ``node``: it belongs into a body, or the refusal will name it."""
+        if node.op != "call_function" or len(self.body) > MAX_BODY:
             return False
-        problem = _problem(node, self.axis)
+        named = any(op_name(node) in names for names, _, _ in _ISSUES)
+        self.suspicious |= named
+        return named or _belongs(node)
+
+
+class _BodyCheck:
+    """Follows the feature axis through a body, in execution order, and notes what a body must not contain.
+
+    What does not come from the entries is a foreign value, whatever it is made of.
+    """
+
+    def __init__(self, entries: list[LinearSite], issues: dict[str, str]) -> None:
+        self.issues = dict(issues)
+        self._axes = {e.out: e.axis % len(shape_of(e.out)) for e in entries if shape_of(e.out)}
+
+    def run(self, body: list[fx.Node]) -> dict[fx.Node, int]:
+        """The feature axis of every body value that comes from the entries."""
+        foreign = False
+        for node in body:
+            known = [value for value in tensor_inputs(node) if value in self._axes]
+            if known:
+                self._visit(node, known[0])
+            elif not parameter_only(node):
+                foreign = True
+        if foreign:
+            text = "the body reads a value that does not come from its first linears"
+            self.issues.setdefault("different-source", text)
+        return self._axes
+
+    def _visit(self, node: fx.Node, value: fx.Node) -> None:
+        axis = self._axes[value]
+        problem = _problem(node, value, axis)
         if problem is not None:
-            self.issues.append((node, *problem))
-        return problem is not None or _belongs(node)
-
-
-def _issues_of(
-    body: list[fx.Node], entries: list[LinearSite], noted: list[tuple[fx.Node, str, str]]
-) -> dict[str, str]:
-    """The issues of the body. What does not come from the entries is a foreign value, whatever it is made of."""
-    derived = {entry.out for entry in entries}
-    foreign: set[fx.Node] = set()
-    for node in body:
-        if any(value in derived for value in tensor_inputs(node)):
-            derived.add(node)
-        elif not parameter_only(node):
-            foreign.add(node)
-    issues: dict[str, str] = {}
-    for node, code, text in noted:
-        if node not in foreign:
-            issues.setdefault(code, text)
-    if foreign:
-        issues.setdefault(
-            "different-source", "the body reads a value that does not come from its first linears"
-        )
-    return issues
+            self.issues.setdefault(*problem)
+        moved = moved_axis(node, axis) if op_name(node) in PERMUTES else axis
+        if op_name(node) in RESHAPES and shape_of(value) and axis == len(shape_of(value)) - 1:
+            moved = len(shape_of(node)) - 1
+        self._axes[node] = axis if moved is None else moved
 
 
 def _may_differ(entries: list[LinearSite]) -> bool:
@@ -191,11 +211,13 @@ def _source(entry: LinearSite) -> fx.Node:
     return look_through(entry.x) if entry.axis == -1 else entry.x
 
 
-def _problem(node: fx.Node, axis: int) -> tuple[str, str] | None:
-    """Code and text of what is wrong with ``node`` in a body; None when nothing is, or when it is opaque."""
-    name = op_name(node)
-    if name in RESHAPES and (axis != -1 or not keeps_last_axis(node)):
+def _problem(node: fx.Node, value: fx.Node, axis: int) -> tuple[str, str] | None:
+    """Code and text of what is wrong with ``node``, which reads ``value`` with its features on ``axis``."""
+    name, rank = op_name(node), len(shape_of(value))
+    if name in RESHAPES and not (keeps_last_axis(node) and axis == rank - 1):
         return "feature-axis", f"{name} between the linears changes the feature axis"
+    if name in PERMUTES and moved_axis(node, axis) is None:
+        return "feature-axis", f"{name} between the linears moves the feature axis"
     if (name == "getitem" or name in SPLITS) and not splits_features(node, axis):
         return "opaque-between", f"{name} between the linears takes other than features"
     for names, code, text in _ISSUES:
@@ -209,7 +231,7 @@ def _problem(node: fx.Node, axis: int) -> tuple[str, str] | None:
 def _belongs(node: fx.Node) -> bool:
     """Whether ``node`` may be in a body."""
     name = op_name(node)
-    return name in CASTS | DROPOUTS | RESHAPES | SPLITS or name == "getitem" or is_pointwise(node)
+    return name in CASTS | DROPOUTS | RESHAPES | SPLITS | PERMUTES or name == "getitem" or is_pointwise(node)
 
 
 _ISSUES = (
@@ -217,7 +239,6 @@ _ISSUES = (
     (CONCATS, "concat-between", "{} between the linears"),
     (NORMS, "norm-between", "a norm ({}) between the linears"),
     (REDUCTIONS, "reduction-between", "a reduction ({}) between the linears"),
-    (PERMUTES, "feature-axis", "{} between the linears moves the feature axis"),
 )
 
 
@@ -225,30 +246,32 @@ def _operands_fit(node: fx.Node, axis: int) -> bool:
     """Parameters in the body may be scalars or lie along the feature axis."""
     rank = len(shape_of(node))
     parameters = [shape_of(value) for value in tensor_inputs(node) if parameter_only(value)]
+    if op_name(node) == "prelu":  # by definition its weight lies along axis 1
+        return all(math.prod(shape) == 1 or axis == 1 for shape in parameters)
     return all(
-        size == 1 or rank - len(shape) + i == axis % rank
-        for shape in parameters
-        for i, size in enumerate(shape)
+        size == 1 or rank - len(shape) + i == axis for shape in parameters for i, size in enumerate(shape)
     )
 
 
 def splits_features(node: fx.Node, axis: int) -> bool:
-    """Whether a split, chunk or index takes parts of the feature axis and leaves the others whole."""
+    """Whether a split, chunk or index takes parts of the feature axis (non-negative) and leaves the others whole."""
     name = op_name(node)
-    if node.target is operator.getitem and isinstance(node.args[1], int):
+    if (
+        node.target is operator.getitem
+        and isinstance(node.args[1], int)
+        and not shape_of(tensor_inputs(node)[0])
+    ):
         return True  # one of the parts of a split
+    rank = len(shape_of(tensor_inputs(node)[0]))
+    if rank == 0 or name == "unbind":
+        return False
     if name == "getitem":
         index = node.args[1]
-        rank = len(shape_of(tensor_inputs(node)[0]))
-        parts = index if isinstance(index, tuple | list) else (index,)
-        return rank > 0 and _feature_slice(parts, rank, axis % rank)
-    if name == "unbind":
-        return False
-    rank = len(shape_of(tensor_inputs(node)[0]))
+        return _feature_slice(index if isinstance(index, tuple | list) else (index,), rank, axis)
     position = {"glu": 1, "narrow": 1}.get(name, 2)
     default = -1 if name == "glu" else 0
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-    return isinstance(dim, int) and rank > 0 and dim % rank == axis % rank
+    return isinstance(dim, int) and dim % rank == axis
 
 
 def _feature_slice(index: tuple[object, ...] | list[object], rank: int, axis: int) -> bool:
@@ -268,22 +291,21 @@ def _feature_slice(index: tuple[object, ...] | list[object], rank: int, axis: in
 _NONLINEAR_REDUCTIONS = frozenset("softmax log_softmax amax amin max min".split())
 
 
-def _has_activation(body: list[fx.Node], axis: int) -> bool:
-    """Something non-linear happens: an activation, or the product of two branches."""
-    for node in body:
-        name = op_name(node)
-        if name == "glu" or name in _NONLINEAR_REDUCTIONS:
-            return True
-        if (
-            parameter_only(node)
-            or name in CASTS | RESHAPES | DROPOUTS | PERMUTES | NORMS | REDUCTIONS | CONVS | CONCATS
-        ):
-            continue
-        if name in SPLITS or name == "getitem" or name in LINEAR_POINTWISE:
-            continue
-        if is_pointwise(node) and not _is_scale(node, axis) and not _serves_a_norm(node, axis):
-            return True
-    return False
+def _activates(node: fx.Node, axis: int) -> bool:
+    """Whether something non-linear happens: an activation, or the product of two branches."""
+    name = op_name(node)
+    if parameter_only(node):
+        return False
+    if name == "glu" or name in _NONLINEAR_REDUCTIONS:
+        return True
+    if name in _LINEAR or name == "getitem":
+        return False
+    return is_pointwise(node) and not _is_scale(node, axis) and not _serves_a_norm(node, axis)
+
+
+_LINEAR = (
+    CASTS | RESHAPES | DROPOUTS | PERMUTES | NORMS | REDUCTIONS | CONVS | CONCATS | SPLITS | LINEAR_POINTWISE
+)
 
 
 def _is_scale(node: fx.Node, axis: int) -> bool:
@@ -302,7 +324,7 @@ def _serves_a_norm(node: fx.Node, axis: int) -> bool:
 
 def _width(node: fx.Node, axis: int) -> int:
     shape = shape_of(node)
-    return shape[axis] if len(shape) >= 2 else 0
+    return shape[axis] if 2 <= len(shape) and -len(shape) <= axis < len(shape) else 0
 
 
 def _squares(node: fx.Node) -> bool:

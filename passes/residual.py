@@ -59,6 +59,10 @@ def find_residual(region: Region, sites: dict[fx.Node, LinearSite]) -> fx.Node |
                 continue
             if op_name(user) in ("add", "sub") and _adds_stream(user, value, stream, inside):
                 return user
+            if _sums_a_stack(user, value):
+                branches = [n for n in tensor_inputs(value) if n not in seen]
+                if any(_meets(branch, stream, inside) for branch in branches):
+                    return user
             if _carries(user, value, sites, axis):
                 seen.add(user)
                 frontier.append(user)
@@ -93,10 +97,21 @@ def _carries(user: fx.Node, value: fx.Node, sites: dict[fx.Node, LinearSite], ax
     if user in sites:
         return False
     name = op_name(user)
-    if name in ("add", "sub") or name in _CARRIERS:
+    if name in ("add", "sub") or name in _CARRIERS or _sums_a_stack(user, value):
         return True
     others = [n for n in tensor_inputs(user) if n is not value]
     return name in _SCALES and all(parameter_only(n) or _is_factor(n, value, axis) for n in others)
+
+
+def _sums_a_stack(node: fx.Node, value: fx.Node) -> bool:
+    """``torch.stack([...]).sum(0)``: an addition of branches."""
+    if op_name(node) != "sum" or op_name(value) != "stack":
+        return False
+    stacked = value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)
+    summed = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    summed = summed[0] if isinstance(summed, list | tuple) and len(summed) == 1 else summed
+    rank = len(shape_of(value))
+    return isinstance(stacked, int) and isinstance(summed, int) and stacked % rank == summed % rank
 
 
 def _is_factor(node: fx.Node, value: fx.Node, axis: int) -> bool:
