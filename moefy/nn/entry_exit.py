@@ -27,32 +27,62 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from moefy.errors import RoutingError, ShapeError
 from moefy.nn import functional
 from moefy.nn.expert_linear import ExpertLinear
-from moefy.nn.routed_rows import routing_of, with_routing
+from moefy.nn.routed_rows import Mark, Ticket, mark_of, with_mark
 from moefy.nn.router import Router
 from moefy.nn.routing import Routing
 
 SOURCE_ATTRIBUTE = "_moefy_routing_by_ffn"
+MAX_WAITING = 3  # routings whose exit never came (an error in the body) are dropped behind these
 
 
 class FFNLink:
-    """What the entries and the exit of one FFN share: its name, and the routing while tracing.
+    """What the entries and the exit of one FFN share: its name, and the routings that wait for the exit.
 
-    Copies and pickles drop the routing; ``deepcopy`` of a whole FFN gives its parts one common new link.
+    Rows carry their routing themselves. The link is for two cases. Inside a compiled frame rows carry
+    a ``Ticket`` and the routing waits here: tensors that hang on the rows would become outputs of a
+    higher-order op in the body, and that of ``autograd.Function`` drops their gradients. And where a
+    body loses the subclass (``make_fx``, ``torch.jit.script``, functions that Dynamo does not dispatch)
+    the exit takes what waits, which is the routing of the FFN's last call.
+
+    Copies and pickles drop the routings; ``deepcopy`` of a whole FFN gives its parts one new link.
     """
 
     def __init__(self, name: str = "") -> None:
         self.name = name
-        self.waiting = threading.local()
+        self.compiled: tuple[tuple[Ticket, Routing], ...] = ()
+        self.eager = threading.local()  # DataParallel runs replicas that share the link in threads
 
-    def put(self, routing: Routing) -> None:
-        """Leave ``routing`` for the exit."""
-        self.waiting.routing = routing
-
-    def take(self) -> Routing | None:
-        """The routing that waits, which then waits no more."""
-        routing = getattr(self.waiting, "routing", None)
-        self.waiting.routing = None
+    def put(self, routing: Routing) -> Mark:
+        """Leave ``routing`` for the exit and return the mark for the rows."""
+        if torch.compiler.is_dynamo_compiling():
+            ticket = Ticket()
+            assign(self, "compiled", (*self.compiled[-MAX_WAITING:], (ticket, routing)))
+            return ticket
+        self.eager.routing = routing
+        if self.compiled:
+            self.compiled = ()
         return routing
+
+    def take(self, mark: Mark | None) -> Routing | None:
+        """The routing that ``mark`` stands for; without a mark that of the last call."""
+        if isinstance(mark, Routing):
+            self._forget()
+            return mark
+        for ticket, routing in self.compiled:
+            if mark is ticket or (mark is None and len(self.compiled) == 1):
+                left = tuple(pair for pair in self.compiled if pair[0] is not ticket)
+                assign(self, "compiled", left)
+                return routing
+        if mark is not None or torch.compiler.is_dynamo_compiling():
+            return None
+        routing = getattr(self.eager, "routing", None)
+        self._forget()
+        return routing
+
+    def _forget(self) -> None:
+        """Drop what waits in eager mode."""
+        if not torch.compiler.is_dynamo_compiling():
+            self.eager.routing = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name}
@@ -114,7 +144,7 @@ class EntryLinear(ExpertLinear):
                 f"{self.link.name}: expected {self.in_features} features on axis "
                 f"{self.feature_dim}; got {tuple(x.shape)}"
             )
-        routing = self._lead(x) if self.index == 0 else self._follow(x)
+        routing, mark = self._lead(x) if self.index == 0 else self._follow(x)
         rows = functional.expert_entry(
             x,
             self.weight,
@@ -124,20 +154,18 @@ class EntryLinear(ExpertLinear):
             routing.top_k,
             feature_dim=self.feature_dim,
         )
-        if carries_subclass(x):
-            return with_routing(rows, routing)
-        self.link.put(routing)
-        return rows
+        return with_mark(rows, mark) if carries_subclass(x) else rows
 
-    def _lead(self, x: torch.Tensor) -> Routing:
-        """Route ``x`` and leave the routing on it for the other entries."""
+    def _lead(self, x: torch.Tensor) -> tuple[Routing, Mark]:
+        """Route ``x``; leave the routing on it for the other entries and on the link for the exit."""
         routing = self.router(x, self.feature_dim)
+        mark = self.link.put(routing)
         if self.count > 1:
-            attach(x, (self.link, routing))
-        return routing
+            assign(x, SOURCE_ATTRIBUTE, (self.link, routing, mark))
+        return routing, mark
 
-    def _follow(self, x: torch.Tensor) -> Routing:
-        """The routing that the leader left on ``x``."""
+    def _follow(self, x: torch.Tensor) -> tuple[Routing, Mark]:
+        """The routing that the leader left on ``x``, and its mark."""
         left = getattr(x, SOURCE_ATTRIBUTE, None)
         if left is None or left[0] is not self.link:
             raise RoutingError(
@@ -145,8 +173,8 @@ class EntryLinear(ExpertLinear):
                 "not routed. All entries must read the same tensor object, the first one first"
             )
         if self.index == self.count - 1:
-            attach(x, None)
-        return left[1]
+            assign(x, SOURCE_ATTRIBUTE, None)
+        return left[1], left[2]
 
 
 class ExitLinear(ExpertLinear):
@@ -183,9 +211,7 @@ class ExitLinear(ExpertLinear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Tokens in the leading shape that was routed, a plain tensor."""
-        routing = routing_of(rows)
-        if routing is None and not carries_subclass(rows):
-            routing = self.link.take()
+        routing = self.link.take(mark_of(rows))
         if routing is None:
             raise RoutingError(
                 f"{self.link.name}: the exit got rows without a routing. Something between the "
@@ -205,14 +231,18 @@ class ExitLinear(ExpertLinear):
             )
 
 
-def attach(x: torch.Tensor, value: tuple[FFNLink, Routing] | None) -> None:
-    """Set the routing that waits on ``x``; always taken off again before the FFN ends."""
+def assign(holder: Any, name: str, value: Any) -> None:
+    """``setattr``, under Dynamo also from inside a checkpoint, on what was made outside of it.
+
+    Dynamo forbids such side effects since a recomputation would not repeat them. These are undone
+    before the FFN ends, hence nothing is left to repeat.
+    """
     if torch.compiler.is_dynamo_compiling():
         torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
-            setattr, x, SOURCE_ATTRIBUTE, value
+            setattr, holder, name, value
         )
     else:
-        setattr(x, SOURCE_ATTRIBUTE, value)
+        setattr(holder, name, value)
 
 
 def carries_subclass(x: torch.Tensor) -> bool:

@@ -1,12 +1,15 @@
 """``RoutedRows``: rows sorted by expert, as a tensor that carries its routing through a user's code.
 
-Contract: between the entry and the exit of an FFN lies code that moefy did not write. The entry returns ``RoutedRows``,
-each torch function on them returns ``RoutedRows`` with the same ``Routing``, and the exit reads it. The routing is
-found in args, kwargs and nested containers; rows of two routings never mix. Only ``__torch_function__`` is overridden:
-below it the rows are a plain tensor, which is why autograd, checkpointing, vmap and Dynamo need no special case.
+Contract: between the entry and the exit of an FFN lies code that moefy did not write. The entry
+returns ``RoutedRows``, each torch function on them returns ``RoutedRows`` with the same mark, and the
+exit reads it. The mark is found in args, kwargs and nested containers; rows of two routings never mix.
+Only ``__torch_function__`` is overridden: below it the rows are a plain tensor, which is why autograd,
+checkpointing, vmap and Dynamo need no special case.
 
-    >>> h = with_routing(rows, routing)
-    >>> F.gelu(h).moefy_routing is routing
+A mark is the ``Routing`` itself, or inside a compiled frame a ``Ticket`` for it (see ``FFNLink``).
+
+    >>> h = with_mark(rows, routing)
+    >>> mark_of(F.gelu(h)) is routing
     True
 """
 
@@ -20,25 +23,44 @@ import torch
 from moefy.errors import RoutingError
 from moefy.nn.routing import Routing
 
-ATTRIBUTE = "moefy_routing"
+
+class Ticket:
+    """Stands for one routing inside a compiled frame; only its identity counts."""
+
+
+Mark = Routing | Ticket
 
 
 class RoutedRows(torch.Tensor):
-    """Rows sorted by expert. Make them with ``with_routing``, read the routing with ``routing_of``."""
+    """Rows sorted by expert. Make them with ``with_mark``, read the mark with ``mark_of``."""
+
+    moefy_mark: Mark
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func`` on the plain tensors and hand the routing to the tensors it returns."""
+        """Run ``func`` on the plain tensors and hand the mark to the tensors it returns."""
         kwargs = kwargs or {}
         func = OPERATORS.get(getattr(func, "__name__", ""), func)
-        routing = find_routing((args, tuple(kwargs.values())))
+        mark = find_mark((args, tuple(kwargs.values())))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-        if routing is None or func in torch.overrides.get_default_nowrap_functions():
+        if mark is None or func in torch.overrides.get_default_nowrap_functions():
             return out
-        return rewrap(out, routing)
+        return rewrap(out, mark)
+
+    def split(self, split_size: Any, dim: int = 0) -> Any:  # type: ignore[override]
+        """``torch.split``: Dynamo cannot call what ``torch.Tensor`` defines in Python on a subclass."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.split(self, split_size, dim)
+        return super().split(split_size, dim)
+
+    def unflatten(self, dim: Any, sizes: Any) -> Any:  # type: ignore[override]
+        """``torch.unflatten``, as ``split``."""
+        if torch.compiler.is_dynamo_compiling():
+            return torch.unflatten(self, dim, sizes)
+        return super().unflatten(dim, sizes)
 
 
 def _rpow(x: torch.Tensor, base: Any) -> torch.Tensor:
@@ -65,11 +87,11 @@ OPERATORS = {
 }
 
 
-def with_routing(rows: torch.Tensor, routing: Routing) -> RoutedRows:
-    """``rows`` as ``RoutedRows`` that carry ``routing``."""
+def with_mark(rows: torch.Tensor, mark: Mark) -> RoutedRows:
+    """``rows`` as ``RoutedRows`` that carry ``mark``."""
     admit_to_compiled_frames()
     routed = rows.as_subclass(RoutedRows)
-    routed.moefy_routing = routing  # type: ignore[attr-defined]
+    routed.moefy_mark = mark
     return routed
 
 
@@ -92,53 +114,43 @@ def admit_to_compiled_frames() -> bool:
 admit_to_compiled_frames._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def routing_of(rows: Any) -> Routing | None:
-    """The routing that ``rows`` carry, or ``None``."""
-    if not isinstance(rows, RoutedRows):
-        return None
-    return getattr(rows, ATTRIBUTE, None)
+def mark_of(rows: Any) -> Mark | None:
+    """The mark that ``rows`` carry, or ``None``."""
+    return getattr(rows, "moefy_mark", None) if isinstance(rows, RoutedRows) else None
 
 
-def plain(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` as a plain tensor."""
-    if not isinstance(rows, RoutedRows):
-        return rows
-    with torch._C.DisableTorchFunctionSubclass():
-        return rows.as_subclass(torch.Tensor)
-
-
-def find_routing(value: Any, found: Routing | None = None) -> Routing | None:
-    """The one routing inside nested tuples, lists and dicts.
+def find_mark(value: Any, found: Mark | None = None) -> Mark | None:
+    """The one mark inside nested tuples, lists and dicts.
 
     Raises:
-        RoutingError: when two rows carry different routings.
+        RoutingError: when two rows carry different ones.
     """
     if isinstance(value, RoutedRows):
-        routing = routing_of(value)
-        if found is not None and routing is not None and routing is not found:
+        mark = mark_of(value)
+        if found is not None and mark is not None and mark is not found:
             raise RoutingError(
-                "rows of two different routings met in one operation. Two FFNs were mixed, or the entries of one FFN "
-                "were called on different tensors"
+                "rows of two different routings met in one operation. Two FFNs were mixed, or the "
+                "entries of one FFN were called on different tensors"
             )
-        return found if routing is None else routing
+        return found if mark is None else mark
     if isinstance(value, (tuple, list)):
         for item in value:
-            found = find_routing(item, found)
+            found = find_mark(item, found)
     elif isinstance(value, dict):
         for item in value.values():
-            found = find_routing(item, found)
+            found = find_mark(item, found)
     return found
 
 
-def rewrap(out: Any, routing: Routing) -> Any:
-    """``out`` with every tensor inside as ``RoutedRows``; in-place results stay the object they are."""
+def rewrap(out: Any, mark: Mark) -> Any:
+    """``out`` with each tensor inside as ``RoutedRows``; in-place results stay the object they are."""
     if isinstance(out, torch.Tensor):
-        return out if routing_of(out) is not None else with_routing(out, routing)
+        return out if mark_of(out) is not None else with_mark(out, mark)
     if isinstance(out, tuple):
-        items = [rewrap(item, routing) for item in out]
+        items = [rewrap(item, mark) for item in out]
         return type(out)(*items) if hasattr(out, "_fields") else tuple_like(out, items)
     if isinstance(out, list):
-        return [rewrap(item, routing) for item in out]
+        return [rewrap(item, mark) for item in out]
     return out
 
 
