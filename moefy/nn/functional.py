@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from moefy import ops
+from moefy.ops.library import AUTOCAST_DEVICES
 from moefy.errors import RoutingError, ShapeError
 from moefy.nn.routing import Routing
 
@@ -226,6 +227,6 @@ def count(shape: Sequence[int]) -> int:
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, where the device has autocast at all (``meta`` has not)."""
-    if torch.amp.is_autocast_available(device_type):
+    if device_type in AUTOCAST_DEVICES:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

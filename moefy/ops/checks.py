@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from moefy.errors import ConfigError, DeviceError, DtypeError, RoutingError, ShapeError
+from moefy.ops.library import AUTOCAST_DEVICES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def autocast_on(device_type: str) -> bool:
     """Whether autocast is active on a kind of device; False where it does not exist ("meta")."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def tensor(op: str, name: str, value: Any) -> None:

@@ -17,9 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 NAMESPACE = "moefy"
 DEVICES = ("CPU", "CUDA")
+# Asked once, at import: Dynamo of torch 2.11 cannot trace the question. "meta" has no autocast.
+AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla") if is_autocast_available(kind)
+)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -65,7 +70,7 @@ def differentiable(
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast, on any kind of device."""
-    if torch.amp.is_autocast_available(device_type):
+    if device_type in AUTOCAST_DEVICES:
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
