@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from moefy import ops
-from moefy.ops.library import AUTOCAST_DEVICES
 from moefy.errors import RoutingError, ShapeError
 from moefy.nn.routing import Routing
+from moefy.ops.library import AUTOCAST_DEVICES
 
 
 def route(

@@ -97,11 +97,11 @@ def test_token_count_that_only_the_data_knows(fused):
 class Layer(torch.nn.Module):
     def __init__(self, fused: bool) -> None:
         super().__init__()
-        self.weights = torch.nn.ParameterList(parameters())
+        self.router, self.gate, self.up, self.bias, self.down = map(torch.nn.Parameter, parameters())
         self.fused = fused
 
     def forward(self, x_TD):
-        return routed(x_TD, *self.weights, fused=self.fused)
+        return routed(x_TD, self.router, self.gate, self.up, self.bias, self.down, fused=self.fused)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
