@@ -102,10 +102,10 @@ class ModelForwardError(MoefyError, RuntimeError):
 class NameClash(MoefyError, ValueError):
     """A parameter that moefy has to add already exists under that name."""
 
-    def __init__(self, fqn: str, name: str) -> None:
+    def __init__(self, fqn: str, name: str, *, layer: str | None = None) -> None:
         super().__init__(
-            f"{fqn or '(root)'} already has an attribute {name!r}, where moefy places the router; rename it or "
-            f"exclude the layer: exclude=[{fqn!r}]"
+            f"{fqn or '(root)'} already has an attribute {name!r}, which moefy needs there; rename it or "
+            f"exclude the layer: exclude=[{fqn if layer is None else layer!r}]"
         )
 
 

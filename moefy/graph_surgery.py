@@ -111,7 +111,7 @@ def build_graph_layer(
             _stack_site(model, site, trace, config, modules, parameters, origins)
         place = f"{first.owner}.router" if first.owner else "router"
         if hasattr(model.get_submodule(place.rpartition(".")[0]), "router") or place in routers:
-            raise NameClash(first.name, "router")
+            raise NameClash(first.name, "router", layer=match.record.fqn)
         routers[place] = _router(model, first, config)
         graph_matches.append(GraphMatch(match, trace, f"{place}.weight", config.top_k))
     graph, record = ffn_to_moe(model.graph, graph_matches)

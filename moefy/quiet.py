@@ -1,7 +1,7 @@
 """Run a model without a trace of it: eval mode, no gradients, and everything left as it was.
 
-Restored afterwards: train/eval of each module, buffers, plain attributes and small containers of modules (caches that a
-forward fills), and the random states of torch, numpy and Python.
+Restored afterwards: train/eval of each module, buffers, plain attributes and containers of modules (caches that a forward
+fills), and the random states of torch, numpy and Python.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 def quiet(model: nn.Module, *, values: bool = True) -> Iterator[None]:
     """Within the block ``model`` is in eval mode under ``no_grad``; afterwards it is as it was.
 
-    With ``values=False`` the contents of buffers are not saved: for runs on fake tensors, which cannot write them.
+    With ``values=False`` the contents of larger buffers are not saved: for runs on fake tensors, which cannot write them.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
@@ -44,35 +44,52 @@ def quiet(model: nn.Module, *, values: bool = True) -> Iterator[None]:
 
 
 class _Attributes:
-    """The attributes of one module, containers one level deep, and copies of its buffers' values."""
+    """The attributes of one module, the containers in them, and copies of its buffers' values."""
 
     def __init__(self, module: nn.Module, values: bool) -> None:
         self.attributes = dict(module.__dict__)
-        self.containers = {
-            key: value.copy()
-            for key, value in module.__dict__.items()
-            if type(value) in (dict, OrderedDict, list, set)  # hooks are kept in an OrderedDict
-        }
-        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if values:
-            tensors = [b for b in module._buffers.values() if b is not None and not b.is_meta]
-            self.buffers = [(b, b.detach().clone()) for b in tensors]
+        self.containers = [(c, c.copy()) for c in _containers(module.__dict__)]
+        held = [b for b in module._buffers.values() if b is not None and not b.is_meta]
+        if not values:  # a fake mode computes on constants of one element, counters say, for real
+            held = [b for b in held if b.numel() == 1 and type(b) is torch.Tensor]
+        self.buffers = [(b, b.detach().clone()) for b in held]
 
     def restore(self, module: nn.Module) -> None:
         current = module.__dict__
         for key in [k for k in current if k not in self.attributes]:
             del current[key]
         current.update(self.attributes)
-        for key, saved in self.containers.items():
-            _refill(self.attributes[key], saved)
+        for container, saved in self.containers:
+            _refill(container, saved)
         for buffer, saved in self.buffers:
             if not torch.equal(buffer, saved):
                 buffer.copy_(saved)
 
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)  # hooks are kept in an OrderedDict
+
+
+def _containers(attributes: dict[str, Any]) -> list[Any]:
+    """The containers among ``attributes``, and those inside them; each once."""
+    found: dict[int, Any] = {}
+    waiting = list(attributes.values())
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind in _CONTAINERS and id(value) not in found:
+            found[id(value)] = value
+        elif kind is not tuple:
+            continue
+        waiting.extend(value.values() if isinstance(value, dict) else value)
+    return list(found.values())
+
+
 def _refill(container: Any, saved: Any) -> None:
     if isinstance(container, list):
         container[:] = saved
+    elif isinstance(container, deque):
+        container.clear()
+        container.extend(saved)
     else:
         container.clear()
         container.update(saved)

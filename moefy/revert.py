@@ -37,31 +37,38 @@ def undo(model: ModelT, *, expert: int | None = None) -> ModelT:
     """
     root = bare_module(model)
     shells = _shells(root)
-    graphs = {
-        fqn: s
-        for fqn, m in root.named_modules()
-        if isinstance(s := m.__dict__.get("_dense_graph"), GraphShell)
-    }
-    if not shells and not any(shell.graph is not None for shell in graphs.values()):
+    graphs = _graph_shells(root)
+    if not shells and not graphs:
         raise NotTransformed(type(root).__name__)
     for fqn, module in shells:
         _check_expert(fqn, module, module.__dict__["_dense"].origins, expert)
-    for shell in graphs.values():
-        _check_expert("", root, shell.origins, expert)
+    for owner, shell in graphs:
+        _check_expert("", owner, shell.origins, expert)
     for _, module in shells:
         _restore(root, module, module.__dict__["_dense"], expert or 0)
-    for shell in graphs.values():
-        assert isinstance(root, fx.GraphModule)
-        dense: dict[int, nn.Parameter] = {}  # by stacked parameter: what was tied is tied again
-        for fqn, origin in shell.origins.items():
-            dense.setdefault(id(root.get_parameter(fqn)), _dense(root, fqn, origin, expert or 0))
-        restore_graph(root, shell, {f: dense[id(root.get_parameter(f))] for f in shell.origins})
-    root.__dict__.pop("_moefy_report", None)
+    for _, module in shells:
+        _restore_flags(module.__dict__["_dense"])
+    for owner, shell in graphs:
+        _restore_graph(owner, shell, expert or 0)
+    for module in root.modules():
+        module.__dict__.pop("_moefy_report", None)
     return model
 
 
 def _shells(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(fqn, m) for fqn, m in model.named_modules() if isinstance(m.__dict__.get("_dense"), Shell)]
+
+
+def _graph_shells(model: nn.Module) -> list[tuple[fx.GraphModule, GraphShell]]:
+    """Each rewritten graph that can be had back, with its ``GraphModule``: the shell hangs on its first router."""
+    found = []
+    for fqn, module in model.named_modules():
+        shell = module.__dict__.get("_dense_graph")
+        if isinstance(shell, GraphShell) and shell.graph is not None:
+            owner = model.get_submodule(fqn.removesuffix(shell.routers[0]).rstrip("."))
+            assert isinstance(owner, fx.GraphModule)
+            found.append((owner, shell))
+    return found
 
 
 def _check_expert(fqn: str, module: nn.Module, origins: dict[str, Origin], expert: int | None) -> None:
@@ -85,8 +92,20 @@ def _restore(model: nn.Module, module: nn.Module, shell: Shell, expert: int) -> 
     for name in names:
         parent, _, child = name.rpartition(".")
         model.get_submodule(parent)._modules[child] = shell.module
+
+
+def _restore_flags(shell: Shell) -> None:
+    """Allow the fused paths again, but not in an encoder that still holds experts."""
     for owner, attribute, value in shell.flags:
-        setattr(owner, attribute, value)
+        if not _shells(owner):
+            setattr(owner, attribute, value)
+
+
+def _restore_graph(model: fx.GraphModule, shell: GraphShell, expert: int) -> None:
+    dense: dict[int, nn.Parameter] = {}  # by stacked parameter: what was tied is tied again
+    for fqn, origin in shell.origins.items():
+        dense.setdefault(id(model.get_parameter(fqn)), _dense(model, fqn, origin, expert))
+    restore_graph(model, shell, {fqn: dense[id(model.get_parameter(fqn))] for fqn in shell.origins})
 
 
 def _dense(module: nn.Module, path: str, origin: Origin, expert: int) -> nn.Parameter:

@@ -41,7 +41,7 @@ class Flag:
     module: nn.Module
     name: str
     value: Any
-    before: Any = None
+    before: Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,7 +58,6 @@ class Layer:
         for swap in self.swaps:
             _put(model, swap.names, swap.new)
         for flag in self.flags:
-            flag.before = getattr(flag.module, flag.name)
             setattr(flag.module, flag.name, flag.value)
 
     def remove(self, model: nn.Module) -> None:
@@ -130,7 +129,7 @@ def _moe_swap(index: ModelIndex, match: Match, config: MoEConfig, origins: dict[
     sites = [*region.entries, region.exit]
     if match.body is None:
         raise AssertionError(f"{fqn}: a module match without its body")
-    router = _router(model, region, config, fqn)
+    router = _router(model, region, config, fqn, fqn)
     refs = [_ref(site, prefix) for site in sites]
     moe = MoE.from_parts(
         entries=refs[:-1],
@@ -251,7 +250,7 @@ def _linear_swaps(
     swaps = []
     for order, site in enumerate(region.entries):
         old = model.get_submodule(site.name)
-        router = _router(model, region, config, site.name) if order == 0 else None
+        router = _router(model, region, config, site.name, match.record.fqn) if order == 0 else None
         options = {**common, "index": order, "count": len(region.entries), "router": router}
         new = _expert_linear(EntryLinear, old, site, config, origins, **options)
         swaps.append(Swap(index.names[id(old)], old, new))
@@ -293,10 +292,10 @@ def _stacked(
     return parameter
 
 
-def _router(model: nn.Module, region: Region, config: MoEConfig, place: str) -> Router:
+def _router(model: nn.Module, region: Region, config: MoEConfig, place: str, layer: str) -> Router:
     """The router, on the device and in the dtype of the first entry's weight, seeded by its place."""
     if hasattr(model.get_submodule(place), "router"):
-        raise NameClash(place, "router")
+        raise NameClash(place, "router", layer=layer)
     weight = model.get_parameter(region.entries[0].weight)
     width = region.entries[0].in_features
     like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
@@ -322,9 +321,9 @@ def _fast_path_flags(index: ModelIndex, match: Match) -> list[Flag]:
     flags: list[Flag] = []
     for name, module in index.encoders:
         if isinstance(module, nn.TransformerEncoderLayer) and _below(match.record.exit, name):
-            flags.append(Flag(module, "activation_relu_or_gelu", 0))
+            flags.append(Flag(module, "activation_relu_or_gelu", 0, module.activation_relu_or_gelu))
         elif isinstance(module, nn.TransformerEncoder) and _below(match.record.exit, name):
-            flags.append(Flag(module, "use_nested_tensor", False))
+            flags.append(Flag(module, "use_nested_tensor", False, module.use_nested_tensor))
     return flags
 
 

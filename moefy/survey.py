@@ -84,7 +84,13 @@ def survey(
         given = ExampleInputs(tuple(args), dict(kwargs or {}), "given by the caller")
         parts = [_trace_given(model, given, outputs)]
     else:
-        parts = _trace_derived(model, outputs)
+        tried: list[str] = []
+        parts = _trace_derived(model, outputs, tried)
+        if parts[0].module is not model:  # a child by itself may hide the residual
+            found = match_parts(model, parts)
+            if not any(match.record.accepted for match in found.matches):
+                raise ExampleInputsNeeded(type(model).__name__, tried)
+            return found
     return match_parts(model, parts)
 
 
@@ -133,8 +139,7 @@ def _trace_given(model: nn.Module, given: ExampleInputs, outputs: bool) -> Part:
     raise ModelForwardError(type(model).__name__, part) from part
 
 
-def _trace_derived(model: nn.Module, outputs: bool) -> list[Part]:
-    tried: list[str] = []
+def _trace_derived(model: nn.Module, outputs: bool, tried: list[str]) -> list[Part]:
     part = _first_accepted(model, model, outputs, tried)
     if part is not None:
         return [part]
@@ -190,7 +195,7 @@ def _try(model: nn.Module, module: nn.Module, inputs: ExampleInputs, *, fake: bo
 
 
 def _trace(model: nn.Module, module: nn.Module, inputs: ExampleInputs, fake: bool) -> Trace:
-    if not isinstance(module, fx.GraphModule):
+    if not isinstance(module, fx.GraphModule) or module is not model:
         return trace_module(model, inputs.args, inputs.kwargs, fake=fake, run=module)
     names = [n.target for n in module.graph.nodes if n.op == "placeholder"]
     ordered = (
@@ -226,26 +231,43 @@ def _without_data(model: nn.Module) -> bool:
 # -- what only the live modules tell ---------------------------------------------------------------------------------
 def _judge_modules(model: nn.Module, match: Match, tied: set[int]) -> Match:
     """Refuse what the surgery would lose: hooks, overridden forwards, weights tied to another module."""
-    if not match.record.accepted:
+    if not match.record.accepted and match.record.code != "raw-parameters":
         return match
     region = match.region
-    paths = [s.name for s in (*region.entries, region.exit)]
-    if match.record.form == "module":
-        paths.append(match.record.fqn)
-    for path in dict.fromkeys(paths):
-        module = _submodule(model, path)
-        hooked = module is not None and any(getattr(module, name, None) for name in _HOOKS)
-        if module is not None and (hooked or "forward" in module.__dict__):
-            return refuse(
-                match,
-                "unsupported-hook",
-                f"a hook or an overridden forward on {path or '(root)'} would be lost",
-            )
+    hooked = _hooked(model, match)
+    if hooked is not None:
+        reason = f"a hook or an overridden forward on {hooked or '(root)'} would be lost"
+        return refuse(match, "unsupported-hook", reason)
+    if not match.record.accepted:
+        return match
     for site in (*region.entries, region.exit):
         for fqn in (site.weight, site.bias):
             if fqn is not None and match.record.form != "graph" and id(_parameter(model, fqn)) in tied:
                 return refuse(match, "shared-weight", f"{fqn} is tied to a parameter of another module")
     return match
+
+
+def _hooked(model: nn.Module, match: Match) -> str | None:
+    """The first module of the FFN with a hook, or with a forward of its own that the surgery would drop.
+
+    Of an owner's other children (activations) the trace has seen the forward, but it cannot have seen a hook.
+    """
+    linears = [s.name for s in (*match.region.entries, match.region.exit)]
+    owner = match.record.fqn if match.record.form == "module" else None
+    replaced = dict.fromkeys(linears if owner is None else [*linears, owner])
+    for path in replaced:
+        module = _submodule(model, path)
+        if module is not None and (_has_hook(module) or "forward" in module.__dict__):
+            return path
+    inside = _submodule(model, owner) if owner is not None else None
+    for name, module in inside.named_modules() if inside is not None else ():
+        if _has_hook(module):
+            return f"{owner}.{name}" if owner else name
+    return None
+
+
+def _has_hook(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) for name in _HOOKS)
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:

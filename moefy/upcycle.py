@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from moefy.check import Comparison, compare
 from moefy.config import MoEConfig
-from moefy.errors import AlreadyTransformed, CheckFailed, ConfigError, NoFFNFound
+from moefy.errors import AlreadyTransformed, CheckFailed, ConfigError, NoFFNFound, UnknownOption
 from moefy.graph_surgery import GraphLayer, build_graph_layer
 from moefy.nn.upcycling import add_noise
 from moefy.passes.match_ffn import Match
@@ -70,6 +70,7 @@ def transform(
     config = MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
     root = bare_module(model)
     refuse_transformed(root)
+    refuse_sharded(root)
     found = survey(root, example_args, example_kwargs, outputs=check)
     rewrite_survey(root, found, config, include, exclude, check=check)
     return model
@@ -99,17 +100,21 @@ def find(
     model: nn.Module,
     num_experts: int | None = None,
     *,
+    top_k: int | None = None,
+    config: MoEConfig | None = None,
     example_args: tuple[Any, ...] = (),
     example_kwargs: dict[str, Any] | None = None,
     include: Selection = None,
     exclude: Selection = None,
+    check: bool = True,
     **options: Any,
 ) -> list[FFNMatch]:
     """Every feed-forward candidate of ``model``, the refused ones with ``reason`` and ``code``. Changes nothing.
 
-    Takes ``transform``'s keywords. Needs neither memory nor arithmetic: the forward runs on fake tensors where it can.
+    Takes ``transform``'s keywords and refuses the same wrong ones; what a match becomes does not depend on the others.
+    A large model's forward runs on fake tensors: neither memory nor arithmetic is needed.
     """
-    _check_options(num_experts, options)
+    _optional_config(config, num_experts, top_k, options)
     found = survey(bare_module(model), example_args, example_kwargs)
     return [m.record for m in select(found.matches, include, exclude)]
 
@@ -127,15 +132,15 @@ def report(
     check: bool = True,
     **options: Any,
 ) -> RewriteReport:
-    """What ``transform`` did to ``model``, or on a dense model what it would do (a dry run; nothing changes)."""
+    """What ``transform`` did to ``model``, or on a dense model what it would do (a dry run; nothing changes).
+
+    Takes ``transform``'s keywords. A dry run has nothing to ``check``; without ``num_experts`` it only lists the FFNs.
+    """
     root = bare_module(model)
     done = root.__dict__.get("_moefy_report")
-    if done is not None:
+    if done is not None and first_transformed(root) is not None:
         return done
-    options.pop("check", None)
-    resolved = None
-    if config is not None or num_experts is not None:
-        resolved = MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
+    resolved = _optional_config(config, num_experts, top_k, options)
     found = survey(root, example_args, example_kwargs)
     matches = select(found.matches, include, exclude)
     return make_report(root, found, matches, resolved, count_parameters(root), None, (), dry_run=True)
@@ -290,11 +295,27 @@ def bare_module(model: nn.Module) -> nn.Module:
     return model
 
 
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise ``ConfigError`` for a model whose parameters are distributed over ranks already."""
+    for fqn, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            got = f"a DTensor as parameter {fqn}"
+            raise ConfigError("model", got=got, expected="plain parameters; transform it before fully_shard")
+
+
 def refuse_transformed(model: nn.Module) -> None:
     """Raise ``AlreadyTransformed`` when ``transform`` was here before."""
+    fqn = first_transformed(model)
+    if fqn is not None:
+        raise AlreadyTransformed(fqn)
+
+
+def first_transformed(model: nn.Module) -> str | None:
+    """FQN of the first module that ``transform`` put there. ``undo`` of a part may have left none."""
     for fqn, module in model.named_modules():
-        if isinstance(module.__dict__.get("_dense"), Shell) or "_moefy_report" in module.__dict__:
-            raise AlreadyTransformed(fqn)
+        if isinstance(module.__dict__.get("_dense"), Shell) or "_dense_graph" in module.__dict__:
+            return fqn
+    return None
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -302,13 +323,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _check_options(num_experts: int | None, options: dict[str, Any]) -> None:
-    """``find`` takes the same keywords as ``transform`` and refuses the same wrong ones."""
-    ignored = ("check",)
-    given = {k: v for k, v in options.items() if k not in ignored}
-    if num_experts is not None or given.get("config") is not None or given:
-        config = given.pop("config", None)
-        MoEConfig.resolve(config, num_experts=num_experts if num_experts or config else 8, **given)
+def _optional_config(
+    config: MoEConfig | None, num_experts: int | None, top_k: int | None, options: dict[str, Any]
+) -> MoEConfig | None:
+    """The config that the keywords ask for; None when they name no number of experts."""
+    for name in options:
+        if name not in MoEConfig.field_names():
+            raise UnknownOption(name, MoEConfig.field_names(), where="MoEConfig")
+    if config is None and num_experts is None:
+        return None
+    return MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
 
 
 def _warnings(config: MoEConfig | None, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
