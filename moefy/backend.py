@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from moefy import compile_time
@@ -87,6 +88,8 @@ def _upcycle(gm: fx.GraphModule, options: CompileOptions) -> None:
 def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions
 ) -> Callable[..., Any]:
+    if options.inner == "eager":
+        return _run_eagerly(gm)
     if options.inner != "inductor":
         from torch._dynamo.backends.registry import lookup_backend
 
@@ -94,3 +97,16 @@ def _compile(
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(example_inputs), config_patches=inductor_patches(options))
+
+
+def _run_eagerly(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as it is, without ``__torch_function__``: Dynamo has traced through that already.
+
+    Else rows that enter a graph after a graph break would make all they touch ``RoutedRows``.
+    """
+
+    def run(*args: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return gm(*args)
+
+    return run

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import sys
@@ -35,7 +36,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moefy.compile_options import WHERE, CompileOptions
 from moefy.config import MoEConfig
-from moefy.dynamo_frame import Frame, RestartAnalysis, current_frame, guard_identity
+from moefy.dynamo_frame import (
+    Frame,
+    RestartAnalysis,
+    current_frame,
+    guard_identity,
+    on_limit,
+    unwrapped,
+)
 from moefy.errors import AlreadyTransformed, BackendError, NoFFNFound
 from moefy.passes import base
 from moefy.passes.trace import Trace
@@ -57,6 +65,7 @@ class _State:
     """What was seen in this process. Modules are held weakly."""
 
     seen: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
+    barren: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
     guarded: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
     swaps: dict[types.CodeType, int] = dataclasses.field(default_factory=dict)
     warned: bool = False
@@ -97,10 +106,29 @@ def upcycle_frame(gm: fx.GraphModule, options: CompileOptions) -> None:
     if _state.swaps.get(frame.code, 0) and root is not None:
         _state.guarded.add(root)
     _state.swaps[frame.code] = _state.swaps.get(frame.code, 0) + 1
+    _watch()
     if not _state.warned:
         _state.warned = True
         warnings.warn(OPTIMIZER_WARNING, stacklevel=3)
     raise RestartAnalysis
+
+
+@functools.cache
+def _watch() -> None:
+    """Once per process: a dense layer that Dynamo gives up on is an error, not a dense layer."""
+    on_limit(_refuse_dense)
+
+
+def _refuse_dense(frame: Frame, limit: str) -> None:
+    root = frame.root
+    if root is None or root in _state.seen or frame.code not in _state.swaps:
+        return
+    error = BackendError(
+        f"{type(root).__name__} stays dense: Dynamo compiled its forward as often as "
+        f"torch._dynamo.config.{limit} allows; raise that, or call moefy.transform(model, "
+        "num_experts=...) before torch.compile"
+    )
+    raise unwrapped(error)
 
 
 def graph_name() -> str:
@@ -199,6 +227,10 @@ def _transform_graph(gm: fx.GraphModule, frame: Frame, options: CompileOptions) 
         refused = _refusals([m for m in found if not m.accepted])
         if found:
             _record(root, accepted, refused, base.node_count(gm), start)
+        elif root is frame.root and root not in _state.barren:
+            _state.barren.add(root)
+            _record(root, 0, "no candidate", base.node_count(gm), start)
+            warnings.warn(f"{WHERE}: {NoFFNFound(type(root).__name__)}", stacklevel=4)
         swapped |= accepted > 0
     return swapped
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.cache_size import exceeds_recompile_limit
 from torch._dynamo.exc import (
     ShortenTraceback,
     TensorifyScalarRestartAnalysis,
@@ -100,6 +102,25 @@ def unwrapped(error: ErrorType) -> ErrorType:
     copy.__dict__.update(error.__dict__)
     copy.args, copy.first_useful_frame = error.args, None
     return copy
+
+
+def on_limit(refuse: Callable[[Frame, str], None]) -> None:
+    """Call ``refuse(frame, limit)`` when Dynamo is about to run a frame uncompiled from now on, since
+    its code was compiled too often. ``limit`` is the setting that was hit."""
+
+    def hook() -> str:
+        compiling = sys._getframe(1)
+        while compiling.f_code.co_name != "_compile":  # the set comprehension around the hook
+            if compiling.f_back is None:
+                return ""
+            compiling = compiling.f_back
+        values = compiling.f_locals
+        exceeded, limit = exceeds_recompile_limit(values["cache_size"], values["compile_id"])
+        if exceeded:
+            refuse(read_frame(values["code"], values["locals"]), limit)
+        return ""
+
+    torch._dynamo.register_hook_for_recompile_user_context(hook)
 
 
 def _forward_codes(module: nn.Module) -> Iterator[types.CodeType]:
