@@ -228,15 +228,13 @@ def oracle_layer(
 
 def call_errors(
     layer: Rewritten, call: Call, parameters: dict[str, Tensor], top_k: int, seed: int
-) -> dict[str, float]:
-    """Relative errors of one call: output, gradient of the source, gradient of every parameter."""
+) -> tuple[dict[str, float], list[list[int]]]:
+    """Relative errors of one call (output, gradients of source and parameters) and each token's experts."""
     loop, leaves = oracle_layer(layer, parameters, top_k)
     x = call.values.to(torch.float64).requires_grad_()
     expected = loop(x, layer.ffn.feature_dim)
     if layer.form == "module" and layer.ffn.post is not None:
         expected = layer.ffn.post(expected)
-    used = {tuple(ids) for ids in loop.chosen}
-    assert len(used) > 1 or len(loop.chosen) < 4, "the test's router sends every token the same way"
     errors = {"output": oracles.relative_error(call.output, expected)}
     generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
@@ -246,7 +244,7 @@ def call_errors(
     true = oracles.gradients(expected, [x, *(t for _, t in leaves)], cotangent)
     for name, a, b in zip(["input", *names], got, true, strict=True):
         errors[f"grad {name}"] = oracles.relative_error(a, b)
-    return errors
+    return errors, loop.chosen
 
 
 def layer_errors(
@@ -266,7 +264,10 @@ def layer_errors(
     for layer, capture in zip(rewritten, captures, strict=True):
         capture.close()
         assert len(capture.calls) == layer.ffn.calls, (layer.ffn.at, len(capture.calls))
+        chosen: list[list[int]] = []
         for i, call in enumerate(capture.calls):
-            found = call_errors(layer, call, parameters, top_k, seed=i)
+            found, ids = call_errors(layer, call, parameters, top_k, seed=i)
             errors |= {f"{layer.ffn.at} #{i} {what}": e for what, e in found.items()}
+            chosen += ids
+        assert len({tuple(ids) for ids in chosen}) > 1 or len(chosen) < 4, "every token has the same experts"
     return errors
