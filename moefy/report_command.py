@@ -8,14 +8,16 @@ compiled with ``torch.compile(backend="moefy")`` and run once on the same kind o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 import moefy
 from moefy.errors import ExampleInputsNeeded, UsageError
@@ -48,15 +50,32 @@ def report_on(target: str, *, passes: bool = False, **options: Any) -> RewriteRe
 
 def pass_records(target: Target, options: dict[str, Any]) -> tuple[PassRecord, ...]:
     """What the passes do to the graphs of the transformed model, one record per pass."""
+    fake = any(isinstance(parameter, FakeTensor) for parameter in target.model.parameters())
+    if not fake:
+        return _compiled_records(copy.deepcopy(target.model), _inputs(target), options)
+    from moefy.hf.build import to_meta
+
+    inputs = _inputs(target)
+    to_meta(target.model)
+    if hasattr(target.model, "config"):
+        target.model.config.use_cache = False  # type: ignore[union-attr]  # makes real tensors of its own
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (inputs.args, inputs.kwargs))
+    try:
+        on_meta = ExampleInputs(args, kwargs, inputs.description)
+        return _compiled_records(target.model, on_meta, options)
+    except Exception as error:  # a model that reads values cannot run on meta tensors
+        raise UsageError(
+            "--passes runs the compiled model, and this one does not run without memory "
+            f"({type(error).__name__}); name a MODULE:FACTORY"
+        ) from error
+
+
+def _compiled_records(
+    model: nn.Module, inputs: ExampleInputs, options: dict[str, Any]
+) -> tuple[PassRecord, ...]:
+    """Transform ``model``, compile it, run it once, and read the history of the passes."""
     from moefy.backend import backend  # on demand: brings the compiler
 
-    if any(isinstance(parameter, FakeTensor) for parameter in target.model.parameters()):
-        raise UsageError(
-            "--passes compiles and runs the model, which a config built without memory cannot; "
-            "name a MODULE:FACTORY"
-        )
-    model = copy.deepcopy(target.model).eval()
-    inputs = _inputs(target, model)
     moefy.transform(model, example_args=inputs.args, example_kwargs=inputs.kwargs, check=False, **options)
     torch._dynamo.reset()
     clear_history()
@@ -89,17 +108,18 @@ def _sum(records: Sequence[PassRecord]) -> PassRecord:
     )
 
 
-def _inputs(target: Target, model: nn.Module) -> ExampleInputs:
+def _inputs(target: Target) -> ExampleInputs:
     """The factory's inputs, else the first derived ones that the dense model accepts."""
     if target.example_args or target.example_kwargs:
         return ExampleInputs(target.example_args, target.example_kwargs, "the factory's")
     tried = []
-    for candidate in derive_inputs(model):
+    mode = next((p.fake_mode for p in target.model.parameters() if isinstance(p, FakeTensor)), None)
+    for candidate in derive_inputs(target.model):
         try:
-            with torch.no_grad():
-                model(*candidate.args, **candidate.kwargs)
+            with torch.no_grad(), mode or contextlib.nullcontext():
+                target.model(*candidate.args, **candidate.kwargs)
         except Exception as error:  # a candidate that does not fit fails in the user's code
             tried.append(f"{candidate.description}: {type(error).__name__}")
         else:
             return candidate
-    raise ExampleInputsNeeded(type(model).__name__, tried)
+    raise ExampleInputsNeeded(type(target.model).__name__, tried)

@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def _call(factory: Any, text: str) -> Any:
 
 
 def _as_target(made: Any, text: str) -> Target:
-    parts: Sequence[Any] = made if isinstance(made, tuple) else (made,)
+    parts = list(made) if isinstance(made, tuple) else [made]
     if not parts or not isinstance(parts[0], nn.Module) or len(parts) > 3:
         kind = type(made).__name__
         raise UsageError(

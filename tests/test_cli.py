@@ -230,6 +230,16 @@ def test_passes_lists_what_the_backend_did(project, capsys):
     assert all(record["nodes_before"] > 0 and record["ms"] >= 0 for record in data["passes"])
 
 
+def test_passes_of_a_config_need_no_memory_either(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 1}))
+    code, out, err = run(capsys, "report", str(tmp_path), "--passes", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["params_dense"] > 2e9 and data["dry_run"]
+    assert [record["name"] for record in data["passes"]].count("fuse_experts") == 1
+
+
 # ---- targets
 
 

@@ -103,27 +103,34 @@ def _constructor(transformers: Any, config: Any, path: Path) -> Any:
     raise UsageError(f"{path}: transformers has no model class for {type(config).__name__}")
 
 
+def to_meta(model: nn.Module) -> None:
+    """Replace every parameter and buffer by a meta tensor: what ``torch.compile`` can run without memory."""
+    _replace(model, "meta")
+
+
 def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every meta parameter and buffer by a fake CPU tensor; tied ones stay tied."""
-    made: dict[int, Tensor] = {}
+    """Replace every meta parameter and buffer by a fake CPU tensor."""
     with mode:
-        for owner, table, name, tensor in _tensors(model):
-            if id(tensor) not in made:
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-                is_parameter = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = (
-                    nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-                )
-            getattr(owner, table)[name] = made[id(tensor)]
+        _replace(model, "cpu")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
-    """Every slot of a module that holds a tensor; the originals stay alive in the list."""
-    slots = [
-        (owner, table, name, tensor)
-        for owner in model.modules()
-        for table in ("_parameters", "_buffers")
-        for name, tensor in getattr(owner, table).items()
-        if tensor is not None
-    ]
-    yield from slots
+def _replace(model: nn.Module, device: str) -> None:
+    """New empty tensors of the same kind, shape and dtype in every slot; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for owner, table, name, tensor in list(_slots(model)):
+        if id(tensor) not in made:
+            size, stride = tensor.shape, tensor.stride()
+            empty = torch.empty_strided(size, stride, dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = empty
+        getattr(owner, table)[name] = made[id(tensor)]
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+    """Every place of a module that holds a tensor."""
+    for owner in model.modules():
+        for table in ("_parameters", "_buffers"):
+            for name, tensor in getattr(owner, table).items():
+                if tensor is not None:
+                    yield owner, table, name, tensor
