@@ -13,16 +13,16 @@ outside its domain is an error here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from moefy.config import MoEConfig
 from moefy.errors import ConfigError, UnknownOption
 from moefy.passes import base
+from moefy.records import Selection
 
 Inner = Literal["inductor", "aot_eager", "eager"]
-Selection = Sequence[str] | Callable[[str], bool] | str | None
 WHERE = 'torch.compile(backend="moefy")'
 
 

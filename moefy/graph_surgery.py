@@ -1,4 +1,4 @@
-"""Surgery on a caller's ``GraphModule``: its parameters become stacked experts, its nodes are rewritten by ``ffn_to_moe``.
+"""Surgery on a caller's ``GraphModule``: parameters become stacked experts, ``ffn_to_moe`` rewrites the nodes.
 
 The same contract as ``surgery``: built beside, installed, removed or sealed.
 """

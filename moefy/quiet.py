@@ -1,7 +1,7 @@
 """Run a model without a trace of it: eval mode, no gradients, and everything left as it was.
 
-Restored afterwards: train/eval of each module, buffers, plain attributes and containers of modules (caches that a forward
-fills), and the random states of torch, numpy and Python.
+Restored afterwards: train/eval of each module, buffers, plain attributes and containers of modules (caches that a
+forward fills), and the random states of torch, numpy and Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import nn
 def quiet(model: nn.Module, *, values: bool = True) -> Iterator[None]:
     """Within the block ``model`` is in eval mode under ``no_grad``; afterwards it is as it was.
 
-    With ``values=False`` the contents of larger buffers are not saved: for runs on fake tensors, which cannot write them.
+    With ``values=False`` the contents of larger buffers are not saved: for runs on fake tensors, which cannot
+    write them.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 Kind = Literal["mlp", "glu"]
@@ -43,6 +44,10 @@ class FFNMatch:
     def accepted(self) -> bool:
         """Whether the FFN can be rewritten."""
         return self.reason is None
+
+
+Selection = str | Sequence[str] | Callable[[FFNMatch], bool] | None
+"""Which candidates are meant: FQN globs, or a predicate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

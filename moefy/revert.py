@@ -1,7 +1,7 @@
 """``undo``: a transformed model back to its dense form.
 
-The modules that ``transform`` replaced were kept as shells without weights. ``undo`` fills each from one expert and puts
-it back. Experts start as copies and symmetry breaking leaves expert 0 alone, so until training this is bitwise.
+The modules that ``transform`` replaced were kept as shells without weights. ``undo`` fills each from one expert and
+puts it back. Experts start as copies and symmetry breaking leaves expert 0 alone, so until training this is bitwise.
 """
 
 from __future__ import annotations

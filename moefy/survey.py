@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -20,10 +20,9 @@ from moefy.inputs import derive_inputs
 from moefy.passes.match_ffn import Match, match_ffns
 from moefy.passes.trace import Trace, fake_inputs, trace_graph, trace_module
 from moefy.quiet import quiet
-from moefy.records import FFNMatch
+from moefy.records import FFNMatch, Selection
 from moefy.samples import ExampleInputs
 
-Selection = str | Sequence[str] | Callable[[FFNMatch], bool] | None
 _MAX_CANDIDATES = 16
 LARGE = 100_000_000  # parameters; above this a forward costs more than tracing on fake tensors
 _HOOKS = (

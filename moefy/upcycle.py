@@ -1,13 +1,14 @@
 """``transform``, ``find`` and ``report``: the dense model in, the Mixture-of-Experts and its report out.
 
 ``transform`` looks (``survey``), builds every new module beside the old ones (``surgery``), swaps them in, checks the
-output against the dense one, and only then lets go of the dense weights. Whatever fails before leaves the model as it was.
+output against the dense one, and only then lets go of the dense weights. Whatever fails before leaves the model as it
+was.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -20,10 +21,10 @@ from moefy.nn.upcycling import add_noise
 from moefy.passes.match_ffn import Match
 from moefy.progress import progress
 from moefy.quiet import quiet
-from moefy.records import FFNMatch, LayerRecord, PassRecord
+from moefy.records import FFNMatch, LayerRecord, PassRecord, Selection
 from moefy.rewrite_report import RewriteReport
 from moefy.surgery import Layer, ModelIndex, Shell, build_layer
-from moefy.survey import Selection, Survey, select, survey
+from moefy.survey import Survey, select, survey
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -287,7 +288,7 @@ def bare_module(model: nn.Module) -> nn.Module:
         )
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it here would cost seconds
     if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
-        return model._orig_mod
+        return cast(nn.Module, model._orig_mod)
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrappers):
         name = type(model).__name__

@@ -26,7 +26,6 @@ raw-parameters            no module of its own to replace
 from __future__ import annotations
 
 import dataclasses
-import os.path
 from collections.abc import Callable, Iterable
 
 import torch
@@ -465,5 +464,9 @@ def _dead_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _common_fqn(names: list[str]) -> str:
-    parts = [name.split(".") for name in names]
-    return ".".join(os.path.commonprefix(parts))  # type: ignore[type-var]
+    common: list[str] = []
+    for parts in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -288,7 +288,7 @@ def _feature_slice(index: tuple[object, ...] | list[object], rank: int, axis: in
     return True
 
 
-_NONLINEAR_REDUCTIONS = frozenset("softmax log_softmax amax amin max min".split())
+_NONLINEAR_REDUCTIONS = frozenset(("softmax", "log_softmax", "amax", "amin", "max", "min"))
 
 
 def _activates(node: fx.Node, axis: int) -> bool:
@@ -324,7 +324,7 @@ def _serves_a_norm(node: fx.Node, axis: int) -> bool:
 
 def _width(node: fx.Node, axis: int) -> int:
     shape = shape_of(node)
-    return shape[axis] if 2 <= len(shape) and -len(shape) <= axis < len(shape) else 0
+    return shape[axis] if len(shape) >= 2 and -len(shape) <= axis < len(shape) else 0
 
 
 def _squares(node: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """The vocabulary of the matcher: one name per operation, whatever spelling the graph uses, and its class.
 
 ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__``, ``operator.add`` and ``aten.add.Tensor`` are all ``"add"``.
-Element-wise operations are not a list: they are the aten ops with ``torch.Tag.pointwise``, and a function that is no aten
-op by name is run once on fake tensors to see which aten ops it is made of.
+Element-wise operations are not a list: they are the aten ops with ``torch.Tag.pointwise``, and a function that is no
+aten op by name is run once on small tensors to see which aten ops it is made of.
 """
 
 from __future__ import annotations
@@ -242,7 +242,17 @@ _NEVER_POINTWISE = (
 
 # element-wise aten ops without the tag (torch 2.11 to 2.14), and views that broadcast a parameter
 _UNTAGGED = frozenset(
-    "hardswish _prelu_kernel log_sigmoid_forward view expand unsqueeze _unsafe_view ones_like _to_copy".split()
+    [
+        "hardswish",
+        "_prelu_kernel",
+        "log_sigmoid_forward",
+        "view",
+        "expand",
+        "unsqueeze",
+        "_unsafe_view",
+        "ones_like",
+        "_to_copy",
+    ]
 )
 
 

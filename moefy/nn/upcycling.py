@@ -4,8 +4,8 @@
 
     nn.Linear weight [out, in]   Conv1D weight [in, out]   1x1 conv weight [out, in, 1, 1]   ->   [E, out, in]
 
-Copies make the start exact (Sparse Upcycling, Komatsuzaki et al. 2022: with weights that sum to 1 the output is the dense
-one). ``add_noise`` breaks the symmetry between them afterwards.
+Copies make the start exact (Sparse Upcycling, Komatsuzaki et al. 2022: with weights that sum to 1 the output is the
+dense one). ``add_noise`` breaks the symmetry between them afterwards.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ ACCEPTED: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
             lambda m, x: (
                 x
                 + m.b(
-                    0.5 * (h := m.a(x)) * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * torch.pow(h, 3))))
+                    0.5
+                    * (h := m.a(x))
+                    * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * torch.pow(h, 3))))
                 )
             ),
             **parts(),
@@ -74,8 +76,18 @@ ACCEPTED: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
         "mlp",
         "gelu_tanh",
     ),
-    "squared relu": (lambda: Net(lambda m, x: x + m.b(F.relu(m.a(x)) ** 2), **parts()), "linears", "mlp", "relu2"),
-    "post-norm": (lambda: Net(lambda m, x: F.layer_norm(x + m.b(F.relu(m.a(x))), (D,)), **parts()), "linears", "mlp", "relu"),
+    "squared relu": (
+        lambda: Net(lambda m, x: x + m.b(F.relu(m.a(x)) ** 2), **parts()),
+        "linears",
+        "mlp",
+        "relu2",
+    ),
+    "post-norm": (
+        lambda: Net(lambda m, x: F.layer_norm(x + m.b(F.relu(m.a(x))), (D,)), **parts()),
+        "linears",
+        "mlp",
+        "relu",
+    ),
     "layer scale": (
         lambda: Net(lambda m, x: x + m.g * m.b(F.relu(m.a(x))), g=nn.Parameter(torch.ones(D)), **parts()),
         "linears",
@@ -84,7 +96,9 @@ ACCEPTED: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     ),
     "hand-written rms norm": (
         lambda: Net(
-            lambda m, x: x + m.b(F.relu(m.a(m.g * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))))),
+            lambda m, x: (
+                x + m.b(F.relu(m.a(m.g * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))))
+            ),
             g=nn.Parameter(torch.ones(D)),
             **parts(),
         ),
@@ -94,7 +108,9 @@ ACCEPTED: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
     ),
     "parallel attention": (
         lambda: Net(
-            lambda m, x: x + m.o(x.mean(1, keepdim=True).expand_as(x)) + m.b(F.relu(m.a(F.layer_norm(x, (D,))))),
+            lambda m, x: (
+                x + m.o(x.mean(1, keepdim=True).expand_as(x)) + m.b(F.relu(m.a(F.layer_norm(x, (D,)))))
+            ),
             o=nn.Linear(D, D),
             **parts(),
         ),
@@ -108,8 +124,13 @@ ACCEPTED: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
         "mlp",
         "relu",
     ),
-    "learnable": (lambda: Net(lambda m, x: x + m.b(m.act(m.a(x))), act=nn.PReLU(), **parts()), "linears", "mlp", "_prelu_kernel"),
-}  # fmt: skip
+    "learnable": (
+        lambda: Net(lambda m, x: x + m.b(m.act(m.a(x))), act=nn.PReLU(), **parts()),
+        "linears",
+        "mlp",
+        "_prelu_kernel",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -127,23 +148,47 @@ def test_found(name: str) -> None:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "head": (lambda: Net(lambda m, x: m.b(F.relu(m.a(x))), **parts()), "no-residual"),
     "gate": (lambda: Net(lambda m, x: x * torch.sigmoid(m.b(F.relu(m.a(x)))), **parts()), "no-residual"),
-    "projector": (lambda: Net(lambda m, x: m.e(F.relu(m.a(x))), e=nn.Linear(H, D + 1), **parts()), "width-change"),
-    "norm": (lambda: Net(lambda m, x: x + m.b(F.layer_norm(F.relu(m.a(x)), (H,))), **parts()), "norm-between"),
+    "projector": (
+        lambda: Net(lambda m, x: m.e(F.relu(m.a(x))), e=nn.Linear(H, D + 1), **parts()),
+        "width-change",
+    ),
+    "norm": (
+        lambda: Net(lambda m, x: x + m.b(F.layer_norm(F.relu(m.a(x)), (H,))), **parts()),
+        "norm-between",
+    ),
     "hand norm": (
         lambda: Net(
-            lambda m, x: x + m.b((h := F.gelu(m.a(x))) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)), **parts()
+            lambda m, x: x + m.b((h := F.gelu(m.a(x))) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)),
+            **parts(),
         ),
         "norm-between",
     ),
-    "mean": (lambda: Net(lambda m, x: x + m.b((h := F.relu(m.a(x))) - h.mean(1, keepdim=True)), **parts()), "reduction-between"),
-    "cat": (lambda: Net(lambda m, x: x + m.e(torch.cat([h := F.relu(m.a(x)), h], -1)), e=nn.Linear(2 * H, D), **parts()), "concat-between"),
+    "mean": (
+        lambda: Net(lambda m, x: x + m.b((h := F.relu(m.a(x))) - h.mean(1, keepdim=True)), **parts()),
+        "reduction-between",
+    ),
+    "cat": (
+        lambda: Net(
+            lambda m, x: x + m.e(torch.cat([h := F.relu(m.a(x)), h], -1)), e=nn.Linear(2 * H, D), **parts()
+        ),
+        "concat-between",
+    ),
     "escape": (lambda: Net(lambda m, x: (x + m.b(h := F.relu(m.a(x)))) * h.sum(), **parts()), "escape"),
-    "two sources": (lambda: Net(lambda m, x: x + m.b(F.silu(m.a(x)) * m.c(x * 2)), **parts()), "different-source"),
+    "two sources": (
+        lambda: Net(lambda m, x: x + m.b(F.silu(m.a(x)) * m.c(x * 2)), **parts()),
+        "different-source",
+    ),
     "token mixing": (
-        lambda: Net(lambda m, x: (y := F.layer_norm(x, (D,))) + m.b(F.relu(m.a(y.transpose(1, 2)))).transpose(1, 2), **parts()),
+        lambda: Net(
+            lambda m, x: (y := F.layer_norm(x, (D,))) + m.b(F.relu(m.a(y.transpose(1, 2)))).transpose(1, 2),
+            **parts(),
+        ),
         "feature-axis",
     ),
-    "tied": (lambda: Net(lambda m, x: x + F.relu(x @ m.w1) @ m.w1.T, w1=nn.Parameter(torch.randn(D, H))), "shared-weight"),
+    "tied": (
+        lambda: Net(lambda m, x: x + F.relu(x @ m.w1) @ m.w1.T, w1=nn.Parameter(torch.randn(D, H))),
+        "shared-weight",
+    ),
     "raw, not alone": (lambda: Net(lambda m, x: x + F.relu(x @ m.w1) @ m.w2, **raw()), "raw-parameters"),
     "weight norm": (
         lambda: Net(
@@ -153,7 +198,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "computed-weight",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -75,7 +77,7 @@ def test_in_place_ops_rebind_the_tensor() -> None:
     trace = trace_module(InPlace(), (torch.ones(3),))
     chain = [n for n in trace.graph.nodes if n.op == "call_function"]
     assert names(trace) == ["mul", "add", "setitem", "relu", "add"]
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in itertools.pairwise(chain):
         assert before in after.all_input_nodes
 
 
