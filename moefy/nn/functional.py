@@ -151,7 +151,7 @@ def expert_exit(
         RoutingError: when ``rows`` does not hold N rows, or has another rank.
     """
     leading = tuple(like) if not isinstance(like, torch.Tensor) else leading_shape(like, feature_dim)
-    flat = rows.dim() == 2 and len(leading) != 1
+    flat = rows.dim() == 2 and len(leading) > 1
     rows_NH = rows if flat else as_tokens(rows, feature_dim)
     check_rows(rows, rows_NH, order_N.shape[0], len(leading) + 1, flat)
     y_NO = ops.grouped_linear(rows_NH, weight_EOH, bias_EO, offsets_E)

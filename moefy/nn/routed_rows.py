@@ -19,6 +19,8 @@ import sys
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
+from torch.overrides import get_default_nowrap_functions
 
 from moefy.errors import RoutingError
 from moefy.nn.routing import Routing
@@ -46,7 +48,9 @@ class RoutedRows(torch.Tensor):
         mark = find_mark((args, tuple(kwargs.values())))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-        if mark is None or func in torch.overrides.get_default_nowrap_functions():
+        # A compiled graph runs as OpOverloads, forward and backward. It was traced on plain tensors:
+        # what it returns, gradients above all, must be plain.
+        if isinstance(func, OpOverload) or mark is None or func in get_default_nowrap_functions():
             return out
         return rewrap(out, mark)
 
