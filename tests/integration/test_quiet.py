@@ -1,4 +1,4 @@
-"""``find`` and ``report`` leave no trace; ``transform`` leaves everything but the FFNs; routers come from seed and name."""
+"""``find`` and ``report`` leave no trace, ``transform`` only the FFNs; routers come from seed and name."""
 
 from __future__ import annotations
 
