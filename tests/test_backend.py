@@ -250,8 +250,8 @@ def test_graph_breaks(where, quiet):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("how", ["Module.compile", "torch.compile"])
-@pytest.mark.parametrize("block", [Block, AlignedBlock])
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "block"), [("Module.compile", Block), ("torch.compile", AlignedBlock)])
 def test_24_layers_compiled_one_by_one(how, block, quiet):
     model, x = Net(24, block), torch.randn(2, 5, 8)
     dense = model(x).detach()
