@@ -206,7 +206,7 @@ def rewritten(model: nn.Module) -> list[str]:
         ({"include": lambda match: match.fqn.endswith("2.mlp")}, [2]),
         ({"exclude": lambda match: match.d_model == D and "0" in match.fqn}, [1, 2]),
     ],
-    ids=str,
+    ids=["one", "star", "list", "without", "without list", "both", "predicate", "without predicate"],
 )
 @pytest.mark.parametrize("function", ["transform", "find", "report"])
 def test_include_and_exclude(function: str, options: dict[str, Any], expected: list[int]) -> None:
