@@ -4,9 +4,9 @@ Contract for the tests:
 
 - The lines before the first import decide how torch and triton start; nothing may import either one
   before them.
-- ``@pytest.mark.zoo("timm", "torchvision")`` names the libraries that a test needs. Where one is
-  missing the test is skipped, unless ``MOEFY_REQUIRE_ZOO=1``: then a missing library, or any skip
-  for one, is a failure.
+- ``@pytest.mark.zoo("timm", "torchvision")`` names the libraries that a test needs (all of them, if
+  none is named). Where one is missing the test is skipped, unless ``MOEFY_REQUIRE_ZOO=1``: then a
+  missing library, or any skip for one, is a failure.
 - Nothing may import the folders ``passes`` and ``triton_ops`` under their bare names: a second copy
   of a module would register the ops twice.
 
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a zoo test whose libraries are missing."""
     for mark in item.iter_markers("zoo"):
-        if missing := _missing(mark.args):
+        if missing := _missing(mark.args or ZOO_LIBRARIES):
             pytest.skip(f"zoo: not installed: {', '.join(missing)}")
 
 

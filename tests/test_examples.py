@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 180  # a hang, not a speed limit: each takes well under a minute on one free core
 zoo = pytest.mark.zoo
+installed = pytest.mark.skipif(
+    not entry_points(group="torch_dynamo_backends", name="moefy"),
+    reason='backend="moefy" by name needs an install: pip install -e .',
+)
 
 # (example, a text it must print, so that one which does nothing fails)
 EXAMPLES = [
@@ -22,7 +27,7 @@ EXAMPLES = [
     pytest.param("upcycle_gpt.py", "steps the MoE is at", id="upcycle_gpt"),
     pytest.param("hf_llama_bert.py", "gradient norm of each expert", id="hf_llama_bert"),
     pytest.param("nn_transformer.py", "compiled training: loss", id="nn_transformer"),
-    pytest.param("custom_pass.py", "the pass matched", id="custom_pass"),
+    pytest.param("custom_pass.py", "the pass matched", id="custom_pass", marks=installed),
     pytest.param("vit.py", "torchvision: |MoE", id="vit", marks=zoo("timm", "torchvision")),
     pytest.param("megatron_mlp.py", "|MoE", id="megatron_mlp", marks=zoo("megatron.core")),
 ]
