@@ -96,7 +96,8 @@ def _compile(
         return lookup_backend(options.inner)(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=inductor_patches(options))
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=inductor_patches(options))
+    return compiled
 
 
 def _run_eagerly(gm: fx.GraphModule) -> Callable[..., Any]:

@@ -160,7 +160,8 @@ def _obstacles(root: nn.Module) -> Iterator[str]:
                 yield f"{fqn}.{name} is a DTensor"
             if not isinstance(parameter, nn.Parameter):
                 yield f"{fqn}.{name} is not a Parameter (torch.func.functional_call?)"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    if functorch.peek_interpreter_stack() is not None:
         yield "it runs inside a torch.func transform"
 
 

@@ -1,6 +1,6 @@
 """What moefy asks of Dynamo's insides while a frame is being compiled: private names live here alone.
 
-Checked on torch 2.11 to 2.14.
+Run on torch 2.11, 2.13 and 2.14.
 
     >>> frame = current_frame()                  # inside a backend
     >>> frame.root, frame.call                   # the module whose forward it is, and its arguments
@@ -68,6 +68,7 @@ def current_frame() -> Frame | None:
         output = InstructionTranslator.current_tx().output
     except AttributeError:  # nothing is being traced
         return None
+    assert output.root_tx is not None
     return read_frame(output.root_tx.f_code, output.local_scope)
 
 
@@ -96,7 +97,8 @@ def guard_identity(frame: Frame) -> None:
 
 def unwrapped(error: ErrorType) -> ErrorType:
     """``error`` in a class that Dynamo hands through to the user instead of ``BackendCompilerFailed``."""
-    named = type(type(error).__name__, (type(error), ShortenTraceback), {})
+    bases: tuple[Any, ...] = (type(error), ShortenTraceback)
+    named: Any = type(type(error).__name__, bases, {})
     named.__module__ = type(error).__module__
     copy = named.__new__(named)
     copy.__dict__.update(error.__dict__)
@@ -120,7 +122,8 @@ def on_limit(refuse: Callable[[Frame, str], None]) -> None:
             refuse(read_frame(values["code"], values["locals"]), limit)
         return ""
 
-    torch._dynamo.register_hook_for_recompile_user_context(hook)
+    dynamo: Any = torch._dynamo
+    dynamo.register_hook_for_recompile_user_context(hook)
 
 
 def _forward_codes(module: nn.Module) -> Iterator[types.CodeType]:

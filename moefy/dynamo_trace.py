@@ -46,7 +46,7 @@ def _outermost_module(source: Any, scope: dict[str, Any]) -> nn.Module | None:
     while getattr(chain[-1], "base", None) is not None:
         chain.append(chain[-1].base)
     for link in reversed(chain):
-        name = link.name() if callable(link.name) else link.name
+        name: Any = link.name() if callable(link.name) else link.name
         try:
             value = eval(name, scope)  # Dynamo's own name of the object, as its guards evaluate it
         except Exception:  # a source that only guards can evaluate

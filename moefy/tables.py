@@ -15,7 +15,8 @@ from typing import TextIO
 from tabulate import tabulate
 
 DEFAULT_WIDTH = 108  # what a README shows without a scroll bar
-MIN_WRAPPED = 20
+MIN_WRAPPED = 24  # how narrow a wrapped column gets while another can be dropped
+LEAST_WRAPPED = 20  # and when none is left
 
 _ASCII = str.maketrans({"─": "-", "×": "x", "→": "->", "…": "~", "·": "-", "✓": "ok"})
 
@@ -38,8 +39,8 @@ def draw(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -
     """The table in at most ``width`` columns where that is possible: wrap, then drop columns."""
     kept = list(range(len(columns)))
     while True:
-        text = _draw(columns, rows, kept, width)
         victims = sorted((i for i in kept if columns[i].drop), key=lambda i: -columns[i].drop)
+        text = _draw(columns, rows, kept, width, MIN_WRAPPED if victims else LEAST_WRAPPED)
         if _width(text) <= width or not victims:
             return text
         kept.remove(victims[0])
@@ -83,14 +84,16 @@ def to_ascii(text: str) -> str:
     return text.translate(_ASCII).encode("ascii", "replace").decode("ascii")
 
 
-def _draw(columns: Sequence[Column], rows: Sequence[Sequence[str]], kept: list[int], width: int) -> str:
+def _draw(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], kept: list[int], width: int, least: int
+) -> str:
     limits: list[int | None] = [None] * len(kept)
     wrapped = [at for at, i in enumerate(kept) if columns[i].wrap]
     if wrapped:
         fixed = sum(_cell_width(columns[i], rows, i) for i in kept if not columns[i].wrap)
         room = (width - fixed - 2 * (len(kept) - 1)) // len(wrapped)
         for at in wrapped:
-            limits[at] = min(max(room, MIN_WRAPPED), _cell_width(columns[kept[at]], rows, kept[at]))
+            limits[at] = min(max(room, least), _cell_width(columns[kept[at]], rows, kept[at]))
     # The titles go in as a row: tabulate pads every header by two columns, which a narrow terminal lacks.
     titles = [columns[i].title for i in kept]
     text = tabulate(

@@ -339,13 +339,13 @@ def moved_axis(node: fx.Node, axis: int) -> int | None:
         order = list(range(rank))
         if rank >= 2:
             order = order[::-1] if name in ("T", "H") else [*order[:-2], order[-1], order[-2]]
-        return order.index(axis)
+        return order.index(axis) if axis in order else None
     if name == "permute":
         dims = node.kwargs.get("dims") or (
             args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
         )
         order = [d % rank for d in dims]  # type: ignore[union-attr, operator]
-        return order.index(axis)
+        return order.index(axis) if axis in order else None
     if name in ("transpose", "swapaxes", "swapdims"):
         keys = ("dim0", "dim1") if "dim0" in node.kwargs else ("axis0", "axis1")
         pair = [*args, *(node.kwargs[k] for k in keys if k in node.kwargs)]
@@ -356,5 +356,5 @@ def moved_axis(node: fx.Node, axis: int) -> int | None:
         if len(pair) == 2 and all(isinstance(d, int) for d in pair):
             order = [i for i in range(rank) if i != pair[0] % rank]
             order.insert(pair[1] % rank, pair[0] % rank)
-            return order.index(axis)
+            return order.index(axis) if axis in order else None
     return None

@@ -162,7 +162,11 @@ def test_already_transformed(name: str) -> None:
     refused(model.layers[0], errors.AlreadyTransformed, fqn.removeprefix("layers.0."))
 
 
-@pytest.mark.parametrize("thing", [None, 3, "model", lambda x: x, torch.ones(2), nn.Linear], ids=["none", "int", "str", "lambda", "tensor", "class"])
+@pytest.mark.parametrize(
+    "thing",
+    [None, 3, "model", lambda x: x, torch.ones(2), nn.Linear],
+    ids=["none", "int", "str", "lambda", "tensor", "class"],
+)
 @pytest.mark.parametrize("function", [moefy.transform, moefy.find, moefy.report])
 def test_no_module(function: Any, thing: Any) -> None:
     with pytest.raises(errors.ConfigError, match=r"model: got .*; expected an nn.Module"):

@@ -20,7 +20,14 @@ def split(prefix: str) -> list:
 
 hf("vit", "ViTModel", mlps("layers.{}.mlp"), base=VISION, inputs=image(),
    why="ViTMLP: fc1, gelu, fc2; the dropout and the add are the layer's")  # fmt: skip
-hf("deit", "DeiTModel", mlps("layers.{}.mlp"), base=VISION, inputs=image(), why="ViTMLP under another name: fc1, gelu, fc2, the add is the layer's")
+hf(
+    "deit",
+    "DeiTModel",
+    mlps("layers.{}.mlp"),
+    base=VISION,
+    inputs=image(),
+    why="ViTMLP under another name: fc1, gelu, fc2, the add is the layer's",
+)
 hf("dinov2", "Dinov2Model", mlps("encoder.layer.{}.mlp"), base=VISION, inputs=image(), mlp_ratio=2,
    why="Dinov2MLP, layer scale between exit and add")  # fmt: skip
 hf("dinov2_swiglu", "Dinov2Model",
