@@ -244,6 +244,8 @@ _NEVER_POINTWISE = (
 _UNTAGGED = frozenset(
     [
         "hardswish",
+        "leaky_relu",
+        "floor_divide",
         "_prelu_kernel",
         "log_sigmoid_forward",
         "view",
@@ -289,7 +291,9 @@ def _pointwise_by_running(node: fx.Node) -> bool:
 
 def _is_elementwise_op(op: torch._ops.OpOverload) -> bool:
     name = op.overloadpacket.__name__
-    return torch.Tag.pointwise in op.tags or name.strip("_") in CASTS or name in _UNTAGGED
+    if name.endswith("_"):  # in-place forms lack the tag more often than the others
+        name = name[:-1]
+    return bool(_pointwise_by_tag(name)) or name in CASTS or name in _UNTAGGED
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

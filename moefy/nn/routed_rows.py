@@ -16,6 +16,7 @@ A mark is the ``Routing`` itself, or inside a compiled frame a ``Ticket`` for it
 from __future__ import annotations
 
 import sys
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class RoutedRows(torch.Tensor):
     ) -> Any:
         """Run ``func`` on the plain tensors and hand the mark to the tensors it returns."""
         kwargs = kwargs or {}
-        func = OPERATORS.get(getattr(func, "__name__", ""), func)
+        if not isinstance(func, BuiltinFunctionType):  # Dynamo 2.11 knows no name of these
+            func = OPERATORS.get(getattr(func, "__name__", ""), func)
         mark = find_mark((args, tuple(kwargs.values())))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
