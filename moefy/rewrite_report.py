@@ -21,6 +21,7 @@ from typing import Any
 from moefy import tables
 from moefy.config import MoEConfig
 from moefy.environment import SCHEMA_VERSION, environment
+from moefy.folding import fold
 from moefy.records import LayerRecord, PassRecord
 from moefy.report_tables import layers_table, passes_table, skipped_table, totals_table
 
@@ -43,6 +44,7 @@ class RewriteReport:
         device: device of the model's parameters.
         trace_source: how the graph was obtained: ``"fake run"``, ``"real run"``, ``"fx graph"``, ...
         inputs: the example inputs in words.
+        unseen: modules that the forward did not run, hence searched by nobody: FQNs, the topmost ones.
         check_error: relative norm of (MoE - dense) over the model's output; ``None`` when not checked.
         check_tolerance: the largest error that the check accepts.
         passes: what each graph pass did.
@@ -64,6 +66,7 @@ class RewriteReport:
     check_tolerance: float | None = None
     passes: tuple[PassRecord, ...] = ()
     warnings: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> tuple[LayerRecord, ...]:
@@ -87,7 +90,7 @@ class RewriteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; ``schema_version`` grows when a key changes its meaning."""
-        own = ("layers", "config", "passes", "warnings", "check_error", "check_tolerance")
+        own = ("layers", "config", "passes", "warnings", "unseen", "check_error", "check_tolerance")
         plain = [f.name for f in dataclasses.fields(self) if f.name not in own]
         return {
             "schema_version": SCHEMA_VERSION,
@@ -98,6 +101,7 @@ class RewriteReport:
             "totals": self._totals(),
             "layers": [_layer_dict(layer) for layer in self.layers],
             "passes": [dataclasses.asdict(record) for record in self.passes],
+            "unseen": list(self.unseen),
             "warnings": list(self.warnings),
             "environment": environment(),
         }
@@ -162,6 +166,9 @@ class RewriteReport:
             lines.append(self._measured(self.check_error))
         elif not self.dry_run:
             lines.append("outputs were not compared with the dense model (check=False)")
+        if self.unseen:
+            names = ", ".join(line.pattern for line in fold(self.unseen))
+            lines.append(f"not run on these inputs, so not searched (example_args can reach it): {names}")
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
     def _measured(self, error: float) -> str:

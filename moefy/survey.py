@@ -2,7 +2,8 @@
 
 ``survey`` is the common first half of ``find``, ``report`` and ``transform``. Inputs come from the caller, else from
 ``inputs.derive_inputs``; they are tried on fake tensors first. When the whole model accepts none of them, its children
-are tried by themselves: a block alone shows its residual too.
+are tried by themselves: a block alone shows its residual too. So are the modules that a forward on derived inputs did
+not run, such as the vision tower of a model that was given text.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moefy.passes.trace import Trace, fake_inputs, trace_graph, trace_module
 from moefy.quiet import quiet
 from moefy.records import FFNMatch, Selection
 from moefy.samples import ExampleInputs
+from moefy.unseen import unseen_modules
 
 _MAX_CANDIDATES = 16
 LARGE = 100_000_000  # parameters; above this a forward costs more than tracing on fake tensors
@@ -49,10 +51,11 @@ class Part:
 
 @dataclasses.dataclass
 class Survey:
-    """The parts that were traced and every candidate found in them."""
+    """The parts that were traced, every candidate found in them, and the modules that none of them ran."""
 
     parts: list[Part]
     matches: list[Match]
+    unseen: list[str]
 
     @property
     def source(self) -> str:
@@ -62,8 +65,8 @@ class Survey:
     @property
     def inputs(self) -> str:
         """The inputs in words."""
-        text = self.parts[0].inputs.description
-        return text if len(self.parts) == 1 else f"{len(self.parts)} parts, each by itself: {text}, ..."
+        text, others = self.parts[0].inputs.description, len(self.parts) - 1
+        return f"{text}, and {others} more part{'s' * (others > 1)} by themselves" if others else text
 
 
 def survey(
@@ -100,7 +103,7 @@ def match_parts(model: nn.Module, parts: list[Part]) -> Survey:
     for part in parts:
         for match in match_ffns(part.trace):
             matches.setdefault(match.region.key, _judge_modules(model, match, tied))
-    return Survey(parts, list(matches.values()))
+    return Survey(parts, list(matches.values()), unseen_modules(model, [part.trace for part in parts]))
 
 
 def select(matches: list[Match], include: Selection, exclude: Selection) -> list[Match]:
@@ -141,8 +144,9 @@ def _trace_given(model: nn.Module, given: ExampleInputs, outputs: bool) -> Part:
 def _trace_derived(model: nn.Module, outputs: bool, tried: list[str]) -> list[Part]:
     part = _first_accepted(model, model, outputs, tried)
     if part is not None:
-        return [part]
-    parts = list(_children(model, model, outputs, []))
+        unseen = unseen_modules(model, [part.trace])
+        return [part, *(p for fqn in unseen for p in _by_itself(model, model.get_submodule(fqn), outputs))]
+    parts = list(_children(model, model, outputs))
     if not parts:
         raise ExampleInputsNeeded(type(model).__name__, tried)
     return parts
@@ -169,16 +173,20 @@ def _first_accepted(model: nn.Module, module: nn.Module, outputs: bool, tried: l
     return None
 
 
-def _children(model: nn.Module, module: nn.Module, outputs: bool, tried: list[str]) -> Iterator[Part]:
+def _children(model: nn.Module, module: nn.Module, outputs: bool) -> Iterator[Part]:
     """The largest descendants that run by themselves on derived inputs."""
     for child in module.children():
-        if sum(1 for _ in child.parameters()) < 2:
-            continue
-        part = _first_accepted(model, child, outputs, tried)
-        if part is not None:
-            yield part
-        else:
-            yield from _children(model, child, outputs, tried)
+        if sum(1 for _ in child.parameters()) >= 2:
+            yield from _by_itself(model, child, outputs)
+
+
+def _by_itself(model: nn.Module, module: nn.Module, outputs: bool) -> Iterator[Part]:
+    """``module`` when it runs on derived inputs, else those of its descendants that do."""
+    part = _first_accepted(model, module, outputs, [])
+    if part is not None:
+        yield part
+    else:
+        yield from _children(model, module, outputs)
 
 
 def _try(model: nn.Module, module: nn.Module, inputs: ExampleInputs, *, fake: bool) -> Part | Exception:

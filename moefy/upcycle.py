@@ -179,6 +179,7 @@ def make_report(
         check_error=verdict.error if verdict is not None else None,
         check_tolerance=verdict.tolerance if verdict is not None else None,
         passes=passes,
+        unseen=tuple(found.unseen),
         warnings=_warnings(config, layers),
     )
 

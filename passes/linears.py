@@ -17,6 +17,7 @@ from moefy.passes.trace import Trace
 from moefy.passes.vocabulary import (
     CASTS,
     CONVS,
+    PERMUTES,
     RESHAPES,
     namespace,
     op_name,
@@ -90,6 +91,9 @@ def _linear(node: fx.Node) -> LinearSite | None:
         name.startswith("opaque_") and "Linear" in name
     ):
         return _opaque_site(node, ("quantized", "the linear is quantised"))
+    if name in _PRODUCTS and (stack := next(filter(_is_stacked, node.all_input_nodes), None)):
+        problem = "grouped", "the linear is grouped: its weight holds a stack of matrices"
+        return _opaque_site(node, problem, weight=stack)
     if name == "linear":
         return _from_linear(node)
     if name == "addmm":
@@ -101,6 +105,21 @@ def _linear(node: fx.Node) -> LinearSite | None:
     if name in CONVS:
         return _from_conv(node)
     return None
+
+
+_PRODUCTS = frozenset(
+    ["linear", "matmul", "rmatmul", "bmm", "baddbmm", "addmm", "einsum", "_grouped_mm", "grouped_mm"]
+)
+_INDEXING = frozenset(["getitem", "select", "index_select", "unbind"])
+
+
+def _is_stacked(weight: fx.Node) -> bool:
+    """Whether it is a parameter of 3 axes, or matrices picked from one: experts or heads that are there already."""
+    rank, picked = len(shape_of(weight)), False
+    while weight.op == "call_function" and op_name(weight) in _INDEXING | CASTS | PERMUTES:
+        picked |= op_name(weight) in _INDEXING and not isinstance(weight.args[1:2], slice)
+        weight = weight.all_input_nodes[0]
+    return weight.op == "get_attr" and len(shape_of(weight)) >= 3 and (picked or rank == 3)
 
 
 def _from_linear(node: fx.Node) -> LinearSite | None:
@@ -128,8 +147,6 @@ def _from_matmul(node: fx.Node) -> LinearSite | None:
         x, weight = weight, x
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or parameter_only(x):
         return None
-    if len(shape_of(weight)) == 3 and parameter_only(weight):
-        return _opaque_site(node, ("grouped", "the linear is grouped: its weight has 3 dimensions"))
     return _site(node, x, weight, "in_out") if len(shape_of(weight)) == 2 else None
 
 
@@ -146,8 +163,6 @@ def _from_einsum(node: fx.Node) -> LinearSite | None:
     (x, weight), (x_term, w_term) = operands, terms
     if parameter_only(x) or not parameter_only(weight):
         return None
-    if len(w_term) == 3:
-        return _opaque_site(node, ("grouped", "the linear is grouped: an einsum with a 3-dimensional weight"))
     if len(w_term) != 2 or x_term[-1] not in w_term or output[:-1] != x_term[:-1]:
         return None
     if output[-1] in x_term or output[-1] not in w_term:
@@ -215,12 +230,16 @@ def _weight_problem(weight: fx.Node) -> tuple[str, str] | None:
     return None
 
 
-def _opaque_site(node: fx.Node, problem: tuple[str, str], axis: int = -1) -> LinearSite | None:
+def _opaque_site(
+    node: fx.Node, problem: tuple[str, str], axis: int = -1, weight: fx.Node | None = None
+) -> LinearSite | None:
     """A linear map that will be refused: only its place and widths are known."""
-    x = next((n for n in node.all_input_nodes if not parameter_only(n)), None)
+    x = next((n for n in node.all_input_nodes if n is not weight and not parameter_only(n)), None)
     if x is None or not shape_of(x) or not shape_of(node):
         return None
-    weight = next((n for n in node.all_input_nodes if n.op == "get_attr"), node)
+    weight = weight or next((n for n in node.all_input_nodes if n.op == "get_attr"), node)
+    while weight is not node and weight.op == "call_function" and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
     target = str(weight.target) if weight.op == "get_attr" else node.name
     widths = shape_of(x)[axis], shape_of(node)[axis]
     return LinearSite(

@@ -141,8 +141,8 @@ class Matcher:
         if _is_lora(region):
             return "lora", "a linear carries a LoRA adapter; merge or unload it first"
         rules: Iterable[Callable[[Region], Refusal | None]] = (
-            _linear_problem,
             self._router_above,
+            _linear_problem,
             self._escape,
             self._body_issue,
             _width,

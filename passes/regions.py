@@ -104,7 +104,7 @@ def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region 
     entries = sorted(walk.entries, key=lambda site: site.out.meta["seq"])
     check = _BodyCheck(entries, walk.issues)
     axes = check.run(body)
-    if not any(_activates(node, axes.get(node, exit_site.axis)) for node in body):
+    if not any(_activates(node, axes[node]) for node in body if node in axes):
         return None
     start = look_through(exit_site.x) if exit_site.axis == -1 else exit_site.x
     if start in axes and axes[start] != exit_site.axis % len(shape_of(start)):

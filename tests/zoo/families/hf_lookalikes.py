@@ -48,7 +48,8 @@ hf("rwkv", "RwkvModel", base={"vocab_size": 40, "hidden_size": WIDTH, "num_hidde
    why="RWKV channel mix: sigmoid(receptance) multiplies the exit's output")  # fmt: skip
 hf("mixtral", "MixtralForCausalLM", num_key_value_heads=2, num_local_experts=2,
    num_experts_per_tok=1, inputs=lambda: {"input_ids": ids(), "use_cache": False},
-   why="Mixtral is an MoE already: its expert parameters [E, ., .] are no linears, so no candidate")  # fmt: skip
+   refused={"model.layers.0.mlp.experts": "router-above", "model.layers.1.mlp.experts": "router-above"},
+   why="Mixtral is an MoE already: its experts [E, ., .] stand below a router")  # fmt: skip
 hf("qwen2_moe", "Qwen2MoeForCausalLM",
    ffns("model.layers.0.mlp", None, ["gate_proj", "up_proj"], "down_proj", GLU, bias=False),
    fp64=False, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=12,

@@ -58,7 +58,8 @@ hf("exaone4", "Exaone4ForCausalLM", ffns("model.layers.{}.mlp", 2, *GATED, SWIGL
 hf("seed_oss", "SeedOssForCausalLM", ffns("model.layers.{}.mlp", 2, *GATED, SWIGLU, bias=False),
    num_key_value_heads=2, head_dim=8, why="SeedOssMLP, dropout behind down_proj in the MLP")  # fmt: skip
 hf("olmoe", "OlmoeForCausalLM", num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
-   why="OLMoE: every layer is an MoE already; stacked expert parameters are no candidates")  # fmt: skip
+   refused={"model.layers.0.mlp.experts": "router-above", "model.layers.1.mlp.experts": "router-above"},
+   why="OLMoE: every layer is an MoE already, with stacked expert parameters")  # fmt: skip
 hf("lilt", "LiltModel", split("encoder.layer.{}"), split("encoder.layer.{}", prefix="layout_"),
    inputs=lambda: {"input_ids": ids(), "bbox": torch.randint(0, 10, (2, 5, 4)).sort().values},
    hidden_size=24, channel_shrink_ratio=2, max_2d_position_embeddings=16, max_position_embeddings=40, pad_token_id=1,
