@@ -146,8 +146,8 @@ def _upstream(node: fx.Node, sites: dict[fx.Node, LinearSite], axis: int) -> Ite
             yield inputs[0]
     elif is_pointwise(node):
         wide = [n for n in inputs if not _is_factor(n, node, axis)]
-        if len(wide) == 1 and (name in _SCALES or name in ("add", "sub")):
-            yield wide[0]
+        if name in ("add", "sub") or (len(wide) == 1 and name in _SCALES):
+            yield from wide  # a shortcut may begin before the block's other branches (EdgeNeXt)
 
 
 def _is_depthwise(node: fx.Node) -> bool:
