@@ -71,14 +71,17 @@ def test_inductor(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH_CASES)
-def test_free_shapes_compile_at_most_twice(name: str) -> None:
+def test_free_shapes_compile_once(name: str) -> None:
+    """A counting backend sees a dynamic frame twice at its first call, that of a dense model too; then no more."""
     model = moe(name).eval()
     fast, counter = compiled(model, fullgraph=True, dynamic=True)
+    graphs = []
     for size, length in ((2, 6), (3, 5), (7, 9), (4, 17)):
         x = torch.randn(size, length, 16, dtype=torch.float64)
         with torch.no_grad():
             assert_close(fast(x), model(x), SAME[torch.float64])
-    assert counter.frame_count <= 2
+        graphs.append(counter.frame_count)
+    assert graphs[0] <= 2 and len(set(graphs)) == 1
 
 
 def test_graph_break_between_entry_and_exit() -> None:
