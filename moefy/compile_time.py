@@ -241,7 +241,7 @@ def _rewrite_traced(root: nn.Module, trace: Trace, config: MoEConfig, options: C
     from moefy.survey import Part, match_parts
     from moefy.upcycle import rewrite_survey
 
-    found = match_parts(root, [Part(root, ExampleInputs((), {}, "those of the call"), trace)])
+    found = match_parts(root, [Part(root, ExampleInputs((), {}, "the inputs of the call"), trace)])
     if not any(m.record.accepted for m in found.matches):
         return [m.record for m in found.matches]
     check_swappable(root)

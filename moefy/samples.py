@@ -36,12 +36,12 @@ def example(args: tuple[Any, ...], kwargs: Mapping[str, Any], source: str) -> Ex
 
 
 def describe(value: Any) -> str:
-    """``float32 [1, 8, 64]`` for a tensor, the contents of a list, the text of anything else."""
+    """``float32 [1, 8, 64]`` for a tensor, the contents of a list, the text of a scalar, the type of the rest."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
         return f"({', '.join(map(describe, value))})"
-    return repr(value)
+    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
 
 
 class Sampler:

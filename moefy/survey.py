@@ -22,7 +22,7 @@ from moefy.passes.match_ffn import Match, match_ffns
 from moefy.passes.trace import Trace, fake_inputs, trace_graph, trace_module
 from moefy.quiet import quiet
 from moefy.records import FFNMatch, Selection
-from moefy.samples import ExampleInputs
+from moefy.samples import ExampleInputs, example
 from moefy.unseen import unseen_modules
 
 _MAX_CANDIDATES = 16
@@ -83,7 +83,7 @@ def survey(
         ExampleInputsNeeded: none were given and none could be derived.
     """
     if args or kwargs:
-        given = ExampleInputs(tuple(args), dict(kwargs or {}), "given by the caller")
+        given = example(tuple(args), kwargs or {}, "given by the caller")
         parts = [_trace_given(model, given, outputs)]
     else:
         tried: list[str] = []
