@@ -1,15 +1,12 @@
-"""GPU kernels in Triton, imported as ``moefy.triton_ops``. There is none yet, only the contract.
+"""GPU kernels in Triton and their launchers, imported as ``moefy.triton_ops``; see README.md beside this file.
 
-The contract of the kernels to come: rows sorted by expert plus ``offsets`` on the device, where
-``offsets[e]`` is the exclusive end row of expert ``e``; no host synchronisation; no float atomics,
-so results are bit-repeatable. This package may import torch and triton and nothing of moefy. Until
-it holds kernels, the ops in ``moefy.ops`` run on PyTorch's own, on the GPU too:
+Contract: rows sorted by expert plus ``offsets`` on the device, where ``offsets[e]`` is the exclusive end row of expert
+``e``. Launchers take and return tensors, allocate with ``torch.empty`` and never wait for the device; no float atomics,
+so results are bit-repeatable. This package imports torch and triton and nothing of moefy; ``moefy.ops`` picks it.
 
-    >>> import moefy.triton_ops
-    >>> moefy.triton_ops.__all__
-    []
+    activations, blocks, launch, tiles     what kernels share: functions, tile sizes, the schedule of tiles
+    top_k, sort                            from router logits to sorted rows
+    entry, linear, hidden_grad,
+    weight_grad, gather_sum                the products of an FFN and their gradients
+    expert_ffn                             the whole FFN out of these
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

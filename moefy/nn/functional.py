@@ -80,12 +80,10 @@ def make_routing(
 def top_k_softmax(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``(weights_TK, index_TK)`` of the K largest scores: a softmax over them alone.
 
-    A stable sort, not ``topk``, whose order of ties is unspecified: here the lowest id wins. NaN sorts first, so that a
-    NaN score gives NaN weights for its own token and still a valid id.
+    Ties go to the lowest id. NaN sorts first, so that a NaN score gives NaN weights for its own token and still a valid
+    id.
     """
-    sorted_TE, index_TE = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
-    with no_autocast(logits_TE.device.type):
-        return torch.softmax(sorted_TE[:, :top_k], dim=-1), index_TE[:, :top_k]
+    return ops.top_k_softmax(logits_TE, top_k)
 
 
 def expert_entry(

@@ -3,6 +3,7 @@
 The ops are few and coarse. Rows sorted by expert plus the end row of each expert (``offsets``) are the contract between
 them; ``reference`` holds the plain torch twin of each.
 
+    >>> top_k_weights_TK, top_k_index_TK = top_k_softmax(router_logits_TE, top_k)
     >>> order_N, offsets_E = sort_by_expert(top_k_index_TK, num_experts)
     >>> rows_NH = grouped_linear(permute(x_TD, order_N, top_k), weight_EHD, bias_EH, offsets_E)
     >>> out_TH = combine(rows_NH, top_k_weights_TK, order_N)
@@ -14,6 +15,7 @@ from moefy.ops.expert_ffn import GLU, GLU_FORMS, expert_ffn
 from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.permute import permute
 from moefy.ops.sort import sort_by_expert
+from moefy.ops.top_k import top_k_softmax
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,4 +27,5 @@ __all__ = [
     "grouped_linear",
     "permute",
     "sort_by_expert",
+    "top_k_softmax",
 ]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moefy.ops import checks
+from moefy.ops.cuda_rows import by_triton, combine_cuda
 from moefy.ops.library import differentiable, register
 from moefy.ops.permute import accumulation_dtype, weighted_sum
 
@@ -68,7 +69,12 @@ def _double_backward(ctx: Any, ggy_ND: Tensor, ggw_TK: Tensor) -> tuple[Tensor |
     return dgrad_TD, *_backward_op(grad_TD, ggy_ND, ggw_TK, order_N), None
 
 
-_op = register("combine(Tensor y, Tensor top_k_weights, Tensor order) -> Tensor", kernel=_kernel, fake=_fake)
+_op = register(
+    "combine(Tensor y, Tensor top_k_weights, Tensor order) -> Tensor",
+    kernel=_kernel,
+    fake=_fake,
+    cuda=by_triton(combine_cuda, _kernel),
+)
 _backward_op = register(
     "combine_backward(Tensor grad, Tensor y, Tensor top_k_weights, Tensor order) -> (Tensor, Tensor)",
     kernel=_backward_kernel,

@@ -24,6 +24,8 @@ from moefy.errors import ConfigError, ShapeError
 from moefy.ops import checks
 from moefy.ops.activations import ACTIVATIONS
 from moefy.ops.combine import combine
+from moefy.ops.cuda_ffn import ffn_backward_cuda, ffn_cuda
+from moefy.ops.cuda_rows import by_triton
 from moefy.ops.expert_kernels import Layer, ffn_backward_kernel, ffn_kernel, halves
 from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.library import autocast_off, differentiable, register
@@ -136,6 +138,7 @@ _op = register(
     f"expert_ffn({_ARGS}, str activation, str glu, bool save) -> (Tensor, Tensor, Tensor)",
     kernel=ffn_kernel,
     fake=_fake,
+    cuda=by_triton(ffn_cuda, ffn_kernel),
     gemm_args=("x", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down"),
 )
 _backward_op = register(
@@ -143,6 +146,7 @@ _backward_op = register(
     f"bool[8] mask) -> ({', '.join(['Tensor'] * 8)})",
     kernel=ffn_backward_kernel,
     fake=_backward_fake,
+    cuda=by_triton(ffn_backward_cuda, ffn_backward_kernel),
 )
 differentiable(_op, setup=_setup, backward=_backward)
 differentiable(_backward_op, setup=_setup_backward, backward=_double_backward)

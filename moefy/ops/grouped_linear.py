@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moefy.ops import checks
+from moefy.ops.cuda_rows import by_triton, grouped_linear_backward_cuda, grouped_linear_cuda
 from moefy.ops.grouped_gemm import outer_products, row_sums, rows_times
 from moefy.ops.library import differentiable, register
 
@@ -94,6 +95,7 @@ _op = register(
     "grouped_linear(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
     kernel=_kernel,
     fake=_fake,
+    cuda=by_triton(grouped_linear_cuda, _kernel),
     gemm_args=("x", "weight", "bias"),
 )
 _backward_op = register(
@@ -101,6 +103,7 @@ _backward_op = register(
     " -> (Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
+    cuda=by_triton(grouped_linear_backward_cuda, _backward_kernel),
 )
 differentiable(_op, setup=_setup, backward=_backward)
 differentiable(_backward_op, setup=_setup_backward, backward=_double_backward)

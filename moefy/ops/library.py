@@ -34,22 +34,24 @@ def register(
     *,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
     gemm_args: tuple[str, ...] = (),
 ) -> torch._ops.OpOverload:
     """Define ``moefy::<schema>`` and return its overload.
 
     Args:
         schema: name, arguments and returns in torch schema language; positional arguments only.
-        kernel: the computation in plain torch, used on CPU and CUDA.
+        kernel: the computation in plain torch, used on the CPU, and on CUDA where there is no other.
         fake: the same signature, returns empty tensors of the right shape, dtype and device.
+        cuda: the same by Triton kernels; it imports them when it is called.
         gemm_args: names of the tensor arguments that autocast casts to its dtype. Everything else, routing
             weights above all, keeps its dtype.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    for device in DEVICES:
-        _LIBRARY.impl(name, kernel, device)
+    _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, kernel if cuda is None else cuda, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     cast = tuple(a.name in gemm_args for a in overload._schema.arguments)
     for device in DEVICES:

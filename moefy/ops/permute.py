@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moefy.ops import checks
+from moefy.ops.cuda_rows import by_triton, sum_slots_cuda
 from moefy.ops.library import differentiable, register
 
 
@@ -80,7 +81,10 @@ def _sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
 
 _op = register("permute(Tensor x, Tensor order, int top_k) -> Tensor", kernel=_kernel, fake=_fake)
 _sum_op = register(
-    "sum_slots(Tensor rows, Tensor order, int top_k) -> Tensor", kernel=_sum_kernel, fake=_sum_fake
+    "sum_slots(Tensor rows, Tensor order, int top_k) -> Tensor",
+    kernel=_sum_kernel,
+    fake=_sum_fake,
+    cuda=by_triton(sum_slots_cuda, _sum_kernel),
 )
 differentiable(_op, setup=_setup, backward=_backward)
 differentiable(_sum_op, setup=_setup, backward=_sum_backward)

@@ -17,6 +17,12 @@ from torch import Tensor
 from moefy.ops.activations import ACTIVATIONS
 
 
+def top_k_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The K largest scores' softmax and ids; of equal scores the lowest id first, NaN as the largest."""
+    index_TK = logits_TE.argsort(stable=True, dim=1, descending=True)[:, :top_k]
+    return logits_TE.gather(1, index_TK).softmax(1), index_TK
+
+
 def sort_by_expert(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Slots in expert order, dropped ones last, and the end row of each expert."""
     ids_N = top_k_index_TK.flatten()

@@ -22,18 +22,32 @@ from moefy.ops.library import register
 MAX_ROWS = 2**31 - 1
 
 
-def _kernel(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    ids_N = top_k_index_TK.reshape(-1)
-    if ids_N.shape[0] > MAX_ROWS:
+def _slot_ids(top_k_index_TK: Tensor) -> Tensor:
+    """The ids as [N]; N is a number that int32 offsets can hold."""
+    if top_k_index_TK.numel() > MAX_ROWS:
         raise ShapeError(
-            f"moefy.sort_by_expert: too many slots for int32 offsets; got T * K = {ids_N.shape[0]}; "
+            f"moefy.sort_by_expert: too many slots for int32 offsets; got T * K = {top_k_index_TK.numel()}; "
             f"expected at most {MAX_ROWS}"
         )
+    return top_k_index_TK.reshape(-1)
+
+
+def _kernel(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    ids_N = _slot_ids(top_k_index_TK)
     dropped_N = (ids_N < 0) | (ids_N >= num_experts)
     sorted_N, order_N = torch.where(dropped_N, num_experts, ids_N).sort(stable=True)
     experts_E = torch.arange(num_experts, dtype=sorted_N.dtype, device=ids_N.device)
     # searchsorted, not bincount: it needs no host sync on CUDA.
     return order_N, torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
+
+
+def _cuda(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    from moefy.triton_ops import sort as kernels
+
+    if num_experts > kernels.MAX_EXPERTS:
+        return _kernel(top_k_index_TK, num_experts)
+    order_N, offsets_E, _ = kernels.sort_by_expert(_slot_ids(top_k_index_TK).contiguous(), num_experts)
+    return order_N, offsets_E
 
 
 def _fake(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -44,6 +58,7 @@ def _fake(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 _op = register(
     "sort_by_expert(Tensor top_k_index, SymInt num_experts) -> (Tensor, Tensor)",
     kernel=_kernel,
+    cuda=_cuda,
     fake=_fake,
 )
 

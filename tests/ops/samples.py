@@ -40,6 +40,24 @@ def sort_by_expert(dtype: torch.dtype) -> list[Args]:
     return [(index(5), E), (index(0), E), (index(5).int(), 1)]
 
 
+def scores(tokens: int, dtype: torch.dtype) -> Tensor:
+    """Half a unit apart in each row, so that finite differences choose the same experts."""
+    places = randn(tokens, E, dtype=torch.float64).detach().argsort(1)
+    return (0.5 * places).to(dtype).requires_grad_()
+
+
+def top_k_softmax(dtype: torch.dtype) -> list[Args]:
+    return [(scores(5, dtype), K), (scores(5, dtype), E), (scores(0, dtype), K)]
+
+
+def top_k_softmax_backward(dtype: torch.dtype) -> list[Args]:
+    found = []
+    for t in (5, 0):
+        weights = randn(t, K, dtype=torch.float64, seed=2).detach().softmax(1).to(dtype).requires_grad_()
+        found.append((randn(t, K, dtype=dtype), weights, index(t).remainder(E), E))
+    return found
+
+
 def permute(dtype: torch.dtype) -> list[Args]:
     return [(randn(t, D, dtype=dtype), routing(t)[0], K) for t in (5, 0)]
 
@@ -125,6 +143,8 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "permute": permute,
     "sort_by_expert": sort_by_expert,
     "sum_slots": sum_slots,
+    "top_k_softmax": top_k_softmax,
+    "top_k_softmax_backward": top_k_softmax_backward,
 }
 
 

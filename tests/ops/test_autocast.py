@@ -72,7 +72,9 @@ def test_fp64_is_left_alone(name):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", ["sum_slots", "combine_backward", "grouped_linear_backward", "permute"])
+@pytest.mark.parametrize(
+    "name", ["sum_slots", "combine_backward", "grouped_linear_backward", "permute", "top_k_softmax"]
+)
 def test_ops_without_operands_to_cast_keep_fp32(name):
     op = getattr(torch.ops.moefy, name)
     for args in SAMPLES[name](torch.float32):

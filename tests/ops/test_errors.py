@@ -17,6 +17,10 @@ def sort(**change):
     return ops.sort_by_expert(**{"top_k_index_TK": INDEX, "num_experts": E, **change})
 
 
+def top_k(**change):
+    return ops.top_k_softmax(**{"logits_TE": torch.zeros(T, E), "top_k": K, **change})
+
+
 def permute(**change):
     return ops.permute(**{"x_TD": torch.zeros(T, D), "order_N": ORDER, "top_k": K, **change})
 
@@ -60,6 +64,10 @@ BAD = [
     (sort, {"num_experts": 0}, Config, "num_experts: got 0; expected num_experts >= 1"),
     (sort, {"num_experts": 2.0}, Config, "num_experts: got 2.0; expected an int"),
     (sort, {"num_experts": True}, Config, "num_experts: got True; expected an int"),
+    (top_k, {"logits_TE": Z(E)}, Shape, "logits.*shape [4]; expected [T, E]"),
+    (top_k, {"logits_TE": INDEX}, Dtype, "logits must be floating point; got torch.int64"),
+    (top_k, {"top_k": 0}, Config, "top_k: got 0; expected top_k >= 1"),
+    (top_k, {"top_k": E + 1}, Config, "top_k: got 5; expected top_k <= E = 4"),
     (permute, {"x_TD": Z(())}, Shape, "x.*shape []; expected [T, D]"),
     (permute, {"x_TD": Z(T, 2, D)}, Shape, "expected [T, D]"),
     (permute, {"x_TD": Z(T, D).int()}, Dtype, "x must be floating point; got torch.int32"),
@@ -167,7 +175,7 @@ def test_named_error(call, change, error, pattern):
 
 
 def test_the_unchanged_calls_are_fine():
-    for call in (sort, permute, linear, combine, ffn):
+    for call in (sort, top_k, permute, linear, combine, ffn):
         call()
 
 

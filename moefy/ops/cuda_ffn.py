@@ -1,0 +1,102 @@
+"""The CUDA side of ``expert_ffn``: from the op's arguments to the launchers of ``moefy.triton_ops``.
+
+Contract: the same results as ``moefy/ops/expert_kernels.py``, to rounding, without waiting for the device. A merged
+entry is read as two views of its weight, whichever half the gate is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.ops.cuda_rows import rows_contiguous
+from moefy.ops.expert_kernels import Layer, Wanted, halves
+
+
+def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``expert_ffn`` by Triton kernels."""
+    *layer_args, save = args
+    layer = Layer._make(layer_args)
+    from moefy.triton_ops import expert_ffn as kernels
+
+    gate_rows, up_rows = _entry_buffers(layer) if save else (None, None)
+    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
+    out_TD = kernels.forward(rows_contiguous(layer.x_TD), _experts(layer), gate_NH, up_NH)
+    empty = layer.x_TD.new_empty(0)
+    return out_TD, empty if gate_rows is None else gate_rows, empty if up_rows is None else up_rows
+
+
+def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """``expert_ffn_backward`` by Triton kernels."""
+    *tensors, gate_rows, up_rows, activation, glu, mask = args
+    layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
+    from moefy.triton_ops import expert_ffn as kernels
+
+    x_TD, experts = rows_contiguous(layer.x_TD), _experts(layer)
+    if up_rows.dim() == 1:  # not saved
+        gate_rows, up_rows = _entry_buffers(layer)
+        kernels.hidden(x_TD, experts, *_gate_and_up(layer, gate_rows, up_rows))
+    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
+    dgate_rows, dup_rows = _entry_buffers(layer)
+    dgate_NH, dup_NH = _gate_and_up(layer, dgate_rows, dup_rows)
+    assert up_NH is not None and dup_NH is not None
+    values = (layer.x_TD, layer.weights_TK, *layer[4:10])
+    grads = [
+        torch.empty(v.shape, dtype=v.dtype, device=v.device) if wanted and v is not None else None
+        for v, wanted in zip(values, want, strict=True)
+    ]
+    kernels.backward(
+        rows_contiguous(grad_TD), x_TD, experts, gate_NH, up_NH, (dgate_NH, dup_NH, dup_rows),
+        kernels.Gradients(**dict(zip(_GRADIENTS, grads, strict=True))),
+    )  # fmt: skip
+    return tuple(grad_TD.new_empty(0) if g is None else g for g in grads)
+
+
+_GRADIENTS = ("x_TD", "weights_TK", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")
+
+
+def _entry_buffers(layer: Layer) -> tuple[Tensor | None, Tensor]:
+    """Room for the pre-activations of a separate gate and of the other entry."""
+    rows = layer.order_N.shape[0]
+    gate = None if layer.w_gate is None else layer.x_TD.new_empty((rows, layer.w_gate.shape[1]))
+    return gate, layer.x_TD.new_empty((rows, layer.w_up.shape[1]))
+
+
+def _gate_and_up(
+    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Views of the gate's and the other entry's columns."""
+    if up_rows is None or not layer.glu.startswith("merged"):
+        return (gate_rows if layer.w_gate is not None else None), up_rows
+    return halves(up_rows, layer.glu)
+
+
+def _experts(layer: Layer) -> Any:
+    """The layer with gate and up apart: views of a merged weight, or weights of equal strides."""
+    from moefy.triton_ops.expert_ffn import Experts
+
+    w_gate, b_gate, w_up, b_up = layer.w_gate, layer.b_gate, layer.w_up, layer.b_up
+    w_merged = None
+    if layer.glu.startswith("merged"):
+        w_merged = rows_contiguous(w_up)
+        w_gate, w_up = halves(w_merged, layer.glu)
+        b_gate, b_up = (None, None) if b_up is None else halves(rows_contiguous(b_up), layer.glu)
+    elif w_gate is not None:
+        w_gate, w_up = w_gate.contiguous(), w_up.contiguous()
+        b_gate = None if b_gate is None else b_gate.contiguous()
+        b_up = None if b_up is None else b_up.contiguous()
+    return Experts(
+        weights_TK=layer.weights_TK.contiguous(),
+        order_N=layer.order_N,
+        offsets_E=layer.offsets_E,
+        w_gate=w_gate,
+        b_gate=b_gate,
+        w_up=rows_contiguous(w_up),
+        b_up=None if b_up is None else rows_contiguous(b_up),
+        w_down=rows_contiguous(layer.w_down),
+        b_down=None if layer.b_down is None else layer.b_down.contiguous(),
+        activation=layer.activation,
+        w_merged=w_merged,
+    )

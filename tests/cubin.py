@@ -1,0 +1,118 @@
+"""Kernels compiled to machine code without a GPU: how many registers, spills and bytes of shared memory.
+
+Contract: a ``Kernel`` is plain data, so that it can be sent to another process. There has to be one: the tests' own
+process interprets Triton, and a process can do only one of the two.
+
+    >>> kernel = Kernel("moefy.triton_ops.top_k:top_k_kernel", {"logits_ptr": "*fp32", ...}, {"K": 8}, {"num_warps": 4})
+    >>> resources([kernel], 90)
+    [Resources(registers=40, stack=0, local=0, shared=512)]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# The shared memory that one program may have, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel in one configuration.
+
+    Args:
+        name: ``module:attribute`` of the jitted function.
+        signature: the type of every argument that is no constant, as ``triton.compile`` names them ("*bf16", "i32").
+        constexprs: the constants, among them arguments that are None, and strides that are 1.
+        options: ``num_warps`` and ``num_stages``.
+        aligned: arguments known to be divisible by 16, beside the pointers, which all are.
+        archs: the architectures that it is for.
+        stack: bytes of stack that it may take, where a measurement found that faster than taking none.
+    """
+
+    name: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+    aligned: tuple[str, ...] = ()
+    archs: tuple[int, ...] = (80, 90, 100)
+    stack: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """Per thread ``registers``, and ``stack`` and ``local`` bytes (spills); per program ``shared`` bytes."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def resources(kernels: Sequence[Kernel], arch: int) -> list[Resources]:
+    """What each kernel takes on sm_<arch>; compiled in one process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    given = json.dumps([dataclasses.asdict(kernel) for kernel in kernels])
+    command = [sys.executable, __file__, str(arch)]
+    run = subprocess.run(command, input=given, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise AssertionError(f"no machine code for sm_{arch}:\n{run.stdout}{run.stderr}")
+    return [Resources(**found) for found in json.loads(run.stdout.splitlines()[-1])]
+
+
+def faults(kernel: Kernel, found: Resources, arch: int) -> list[str]:
+    """What is wrong with a compiled kernel: spills, or more shared memory than there is."""
+    where = f"{kernel.name} {kernel.constexprs} on sm_{arch}: {found}"
+    wrong = [f"spills: {where}"] if found.stack > kernel.stack or found.local else []
+    return wrong + ([f"too much shared memory: {where}"] if found.shared > SHARED_LIMIT[arch] else [])
+
+
+def compile_kernel(kernel: Kernel, arch: int) -> Resources:
+    """Compile here; Triton must not be interpreting."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, attribute = kernel.name.split(":")
+    function = getattr(importlib.import_module(module), attribute)
+    types = {**kernel.signature, **dict.fromkeys(kernel.constexprs, "constexpr")}
+    signature = {name: types[name] for name in function.arg_names}
+    assert len(types) == len(signature), sorted(set(types) - set(signature))
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in kernel.aligned
+    }
+    source = ASTSource(fn=function, signature=signature, constexprs=kernel.constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+    return Resources(**_usage(compiled.asm["cubin"]), shared=compiled.metadata.shared)
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory, read by the ``cuobjdump`` that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
+    return {name: int(re.findall(rf"\b{word}:(\d+)", text)[0]) for name, word in names.items()}
+
+
+if __name__ == "__main__":
+    kernels = [Kernel(**fields) for fields in json.load(sys.stdin)]
+    print(json.dumps([dataclasses.asdict(compile_kernel(k, int(sys.argv[1]))) for k in kernels]))

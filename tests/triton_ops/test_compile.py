@@ -1,0 +1,204 @@
+"""Every kernel in its default configurations becomes machine code for sm_80, sm_90 and sm_100, and spills nothing.
+
+A kernel joins by a row in ``KERNELS``. Contract: what a row holds comes from the launcher's own choice of blocks.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from cubin import SHARED_LIMIT, Kernel, Resources, faults, resources
+
+from moefy.triton_ops import blocks, sort, top_k
+
+POINTER = {torch_name: f"*{name}" for torch_name, name in (("float32", "fp32"), ("bfloat16", "bf16"))}
+
+
+def split(config: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """A launcher's blocks as (constants, options)."""
+    return (
+        {k: v for k, v in config.items() if k != "num_warps"},
+        {"num_warps": config["num_warps"]},
+    )
+
+
+def top_k_kernels(experts: int, k: int, dtype: str) -> list[Kernel]:
+    constants, options = split(top_k.blocks(experts))
+    constants |= {"E": experts, "K": k}
+    forward = {
+        "logits_ptr": POINTER[dtype],
+        "weights_ptr": POINTER[dtype],
+        "index_ptr": "*i64",
+        "T": "i32",
+        "stride_t": "i32",
+    }
+    backward = {
+        "grad_ptr": POINTER[dtype],
+        "weights_ptr": POINTER[dtype],
+        "index_ptr": "*i64",
+        "dlogits_ptr": POINTER[dtype],
+        "T": "i32",
+    }
+    block_k = 1 << (k - 1).bit_length()
+    name = "moefy.triton_ops.top_k:top_k_kernel"
+    return [
+        Kernel(name, forward, {**constants, "BLOCK_K": block_k, "stride_e": 1}, options, ("stride_t",)),
+        Kernel("moefy.triton_ops.top_k:top_k_backward_kernel", backward, constants, options),
+    ]
+
+
+def sort_kernels(experts: int, slots: int) -> list[Kernel]:
+    module = "moefy.triton_ops.sort"
+    ids, table, sizes = {"ids_ptr": "*i64"}, {"upto_ptr": "*i32"}, {"N": "i32", "C": "i32"}
+    results = {"order_ptr": "*i64", "row_ptr": "*i32"}
+    expert = {"E": experts}
+    block_e = 1 << (experts - 1).bit_length()
+    pairs, pairs_options = split(sort.pairs_blocks(min(slots, sort.MAX_PAIRS_SLOTS)))
+    place, _ = split(sort.place_blocks(experts))
+    tile, tile_options = split(sort.tile_blocks(experts))
+    scan, scan_options = split(sort.scan_blocks(slots // tile["BLOCK"]))
+    base = {**table, "base_ptr": "*i32", "offsets_ptr": "*i32", "C": "i32"}
+    return [
+        Kernel(
+            f"{module}:pairs_kernel",
+            {**ids, **results, "offsets_ptr": "*i32", "N": "i32"},
+            {**expert, **pairs},
+            pairs_options,
+        ),
+        Kernel(
+            f"{module}:count_kernel",
+            {**ids, **table, **sizes},
+            {**expert, **tile, "BLOCK_E": block_e},
+            tile_options,
+        ),
+        Kernel(f"{module}:base_kernel", base, {**expert, "BLOCK": tile["BLOCK"], **scan}, scan_options),
+        Kernel(
+            f"{module}:place_kernel",
+            {**ids, "base_ptr": "*i32", **results, **sizes},
+            {**expert, **place},
+            tile_options,
+        ),
+    ]
+
+
+TABLES = {"expert_of_tile": "*i32", "experts": "*i32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+def row_kernel(
+    module: str, kind: str, dtype: torch.dtype, pointers: str, tiles: dict[str, tuple[int, ...]], *,
+    rows: int, tma: bool, stack: int = 0, **constants: object,
+) -> Kernel:  # fmt: skip
+    """A kernel over rows in its launcher's blocks: ``tiles`` are descriptors, in the pointer form plain pointers."""
+    device = torch.device("cpu") if tma else torch.device("meta")
+    block = blocks.blocks(kind, dtype, rows, 64, device)
+    name = DTYPES[dtype]
+    function = getattr(importlib.import_module(f"moefy.triton_ops.{module}"), f"_{module}_kernel")
+    sizes = {"m": block.m, "n": block.n, "k": block.k, "p": block.n // block.pieces, "1": 1, "2": 2}
+    types = (
+        dict.fromkeys(pointers.split(), f"*{name}")
+        | {"order": "*i64", "parts": "*fp32", "weights": "*fp32"}
+        | TABLES
+    )
+    for tile, letters in tiles.items():
+        shape = ", ".join(str(sizes[letter]) for letter in letters)
+        types[tile] = f"tensordesc<{name}[{shape}]>" if tma else f"*{name}"
+    constants |= {"M": block.m, "N": block.n, "STEP": block.k, "GROUP": block.group, "FLATTEN": block.flatten}
+    constants |= {
+        "PRECISION": "ieee",
+        "TMA": tma,
+        "STORE": block.store and tma,
+        "PIECES": block.pieces,
+        "K": 8,
+        "EVEN": tma,
+    }
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    signature = {n: types.get(n, "i32") for n in function.arg_names if n not in constants}
+    if not constants.get("STORE"):
+        signature |= {n: f"*{name}" for n in signature if n.endswith("_tiles") and n in ("out_tiles", *OUTS)}
+    aligned = tuple(n for n, kind in signature.items() if kind == "i32") if tma else ()
+    archs = (90, 100) if tma else (80, 90)
+    return Kernel(
+        f"moefy.triton_ops.{module}:_{module}_kernel",
+        signature,
+        constants,
+        block.options,
+        aligned,
+        archs,
+        stack,
+    )
+
+
+OUTS = ("gate_tiles", "up_tiles", "hidden_tiles", "dgate_tiles", "dup_tiles", "weighted_tiles")
+
+
+def ffn_kernels(dtype: torch.dtype, rows: int, *, tma: bool) -> list[Kernel]:
+    """The products of one FFN, GLU and plain, forward and backward."""
+    common = {"rows": rows, "tma": tma}
+    pair = {"w_gate": "12nk", "w_up": "12nk"} if tma else {"w_gate": "1nk", "w_up": "1nk"}
+    outs = "gate_out up_out hidden_out gate_tiles up_tiles hidden_tiles b_gate b_up"
+    entry = {"GATE_BIAS": True, "UP_BIAS": True, "SAVE": True, "GATHER": True}
+    kernels = [
+        # with two biases triton 3.9 takes 8 bytes of stack
+        row_kernel("entry", "glu_entry", dtype, f"x {outs}", pair, ACT="silu", GLU=True, PAIR=int(tma),
+                   stack=8 * tma, **entry, **common),
+        row_kernel("entry", "entry", dtype, f"x {outs}", {"w_up": "1nk", "w_gate": "1nk"}, ACT="gelu", GLU=False,
+                   PAIR=0, **entry, **common),
+    ]  # fmt: skip
+    for transposed in (False, True):
+        weight = "1kn" if transposed else "1nk"
+        tiles = {"a": "mk", "a2": "mk", "w": weight, "w2": weight, "out_tiles": "mn"}
+        forms = {"TRANSPOSED": transposed, "TWO": transposed, "BIAS": not transposed}
+        kernels.append(row_kernel("linear", "linear", dtype, "bias out", tiles, **forms, **common))
+    outs = "grad gate up dgate dup weighted dgate_tiles dup_tiles weighted_tiles"
+    for glu, act in ((True, "silu"), (False, "gelu")):
+        kernels.append(
+            row_kernel("hidden_grad", "hidden_grad", dtype, outs, {"w_down": "1kn"}, ACT=act, GLU=glu, GATHER=True,
+                       stack=160 if tma else 0, **common)
+        )  # fmt: skip
+    for gathered in (False, True):
+        tiles = {"x_tiles": "kn"} if gathered else {"g_tiles": "km", "x_tiles": "kn"}
+        pointers = "g x out out_tiles" + " g_tiles" * gathered
+        forms = {"GATHER_G": gathered, "GATHER_X": False, "G_TMA": tma and not gathered, "X_TMA": tma}
+        kernels.append(row_kernel("weight_grad", "weight_grad", dtype, pointers, tiles, **forms, **common))
+    return kernels
+
+
+KERNELS: dict[str, list[Kernel]] = {
+    "expert FFN in bf16": ffn_kernels(HALF, 262144, tma=True),
+    "expert FFN in bf16, few rows": ffn_kernels(HALF, 128, tma=True),
+    "expert FFN in fp32": ffn_kernels(FULL, 262144, tma=True),
+    "expert FFN in bf16 by pointers": ffn_kernels(HALF, 262144, tma=False),
+    "expert FFN in fp32 by pointers": ffn_kernels(FULL, 262144, tma=False),
+    "top_k 1 of 1": top_k_kernels(1, 1, "float32"),
+    "top_k 2 of 8": top_k_kernels(8, 2, "float32"),
+    "top_k 8 of 64": top_k_kernels(64, 8, "float32"),
+    "top_k 8 of 64 in bf16": top_k_kernels(64, 8, "bfloat16"),
+    "top_k 64 of 4096": top_k_kernels(4096, 64, "float32"),
+    "sort 8 experts": sort_kernels(8, 65536),
+    "sort 64 experts": sort_kernels(64, 262144),
+    "sort 4096 experts": sort_kernels(4096, 262144),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_every_kernel_compiles_without_spills(arch):
+    kernels = [kernel for several in KERNELS.values() for kernel in several if arch in kernel.archs]
+    found = resources(kernels, arch)
+    assert all(each.registers > 0 for each in found)
+    wrong = [
+        fault for kernel, each in zip(kernels, found, strict=True) for fault in faults(kernel, each, arch)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_spill_and_too_much_shared_memory_are_faults():
+    kernel = KERNELS["sort 8 experts"][0]
+    assert faults(kernel, Resources(registers=255, stack=0, local=0, shared=1024), 80) == []
+    assert len(faults(kernel, Resources(registers=255, stack=0, local=8, shared=1024), 80)) == 1
+    assert len(faults(kernel, Resources(registers=255, stack=8, local=0, shared=200 * 1024), 80)) == 2
+    assert len(faults(kernel, Resources(registers=255, stack=0, local=0, shared=200 * 1024), 90)) == 0

@@ -1,0 +1,120 @@
+"""Tile sizes per kernel, dtype and architecture, and what a launch needs to know of its device.
+
+Contract: ``blocks(kernel, dtype, rows, experts, device)`` gives the tile of M rows, N columns and a depth of K, and the
+warps and stages. What was measured is in ``triton_ops/README.md``; what was not measured follows the registers and the
+shared memory that a compile reports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+Kernel = Literal["entry", "glu_entry", "linear", "hidden_grad", "weight_grad"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """One tile size. ``m`` rows by ``n`` columns in steps of ``k``; ``group`` row tiles share a sweep of columns.
+
+    ``pieces``: in how many parts an epilogue that needs many registers takes the columns, a power of two.
+    ``per_processor``: programs that share a multiprocessor, so that one's epilogue runs beside another's products.
+    ``store``: write whole tiles by descriptor.
+    ``pair``: load the tiles of gate and up as one operand.
+    ``flatten``: let the loads of the next tile start during the epilogue.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 16
+    pieces: int = 1
+    per_processor: int = 1
+    flatten: bool = False
+    store: bool = False
+    pair: bool = True
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+_WIDE = {
+    "entry": Blocks(m=128, n=256, k=64, warps=8, stages=3, pieces=4),
+    "glu_entry": Blocks(m=128, n=128, k=64, warps=8, stages=3, pieces=2),
+    "linear": Blocks(m=128, n=256, k=64, warps=8, stages=3, flatten=True, store=True),
+    "hidden_grad": Blocks(m=128, n=256, k=64, warps=8, stages=3, pieces=4),
+    "weight_grad": Blocks(m=128, n=256, k=32, warps=8, stages=5),
+}
+_AMPERE = {
+    "entry": Blocks(m=64, n=128, k=32, warps=8, stages=3, pieces=2),
+    "glu_entry": Blocks(m=64, n=64, k=32, warps=8, stages=3, pieces=2),
+    "linear": Blocks(m=64, n=128, k=32, warps=8, stages=3),
+    "hidden_grad": Blocks(m=64, n=64, k=32, warps=8, stages=3, pieces=2),
+    "weight_grad": Blocks(m=128, n=128, k=32, warps=8, stages=3),
+}
+# fp32 products run on ordinary cores, whose operands lie in registers.
+_FULL_PRECISION = Blocks(m=32, n=32, k=32, warps=4, stages=2)
+
+
+def blocks(kernel: Kernel, dtype: torch.dtype, rows: int, experts: int, device: torch.device) -> Blocks:
+    """The tile for ``rows`` rows over ``experts`` experts."""
+    if dtype is torch.float32:
+        return _FULL_PRECISION
+    if kernel != "weight_grad" and rows < 48 * experts:
+        m = 16 if rows < 16 * experts else 32
+        return Blocks(m=m, n=64 if kernel == "glu_entry" else 128, k=128, warps=4, stages=3, per_processor=3)
+    return (_WIDE if has_tma(device) else _AMPERE)[kernel]
+
+
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """Whether the device copies tiles by descriptor: Hopper and newer. The interpreter does too."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run at a time when each fills a multiprocessor."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether a tensor descriptor can address them: not empty, 16-byte aligned rows, features side by side."""
+    return all(
+        t.numel() > 0
+        and t.stride(-1) == 1
+        and t.data_ptr() % 16 == 0
+        and all(s * t.element_size() % 16 == 0 and s > 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def descriptor(tensor: Tensor, *block: int) -> Any:
+    """A tensor descriptor of ``tensor`` for tiles of ``block``."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 is multiplied: in full, or in tf32 where torch was told that it may be."""
+    allowed = torch.backends.cuda.matmul.allow_tf32 and dtype is torch.float32
+    return "tf32" if allowed else "ieee"
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return triton.cdiv(a, b)

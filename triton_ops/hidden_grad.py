@@ -1,0 +1,231 @@
+"""The gradient of the experts' hidden values, and all that follows from it tile by tile.
+
+T tokens, D output width, H hidden width, E experts, K top-k, N = T*K rows sorted by expert.
+
+Contract, for row r of token t and slot s: ``g = grad[t] @ w_down[e]`` is the hidden gradient without the routing weight
+``q[s]``. From it and the saved pre-activations the tile computes, with nothing stored between:
+
+    dup, dgate  = q * g through the derivative of the activation        [N, H] each
+    weighted    = q * hidden, what the gradient of w_down multiplies    [N, H]
+    dq[s]       = <g, hidden>, in parts of one column tile each         summed in a fixed order by ``weights_grad``
+
+The routing gradient needs no expert output again (as in SonicMoE, Guo et al. 2025): <grad, hidden @ w.T> is
+<grad @ w, hidden>. Rows of dropped slots are zero.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# Triton types the iterator of its own range as one that cannot be iterated.
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from moefy.triton_ops.activations import activate_backward
+from moefy.triton_ops.blocks import blocks, cdiv, describable, descriptor, has_tma, precision, processors
+from moefy.triton_ops.launch import jit
+from moefy.triton_ops.tiles import Schedule, count_tiles, locate, store
+
+
+def hidden_grad(
+    grad_TD: Tensor,
+    weights_TK: Tensor,
+    order_N: Tensor,
+    schedule: Schedule,
+    w_down: Tensor,
+    gate_NH: Tensor | None,
+    up_NH: Tensor,
+    dgate_NH: Tensor | None,
+    dup_NH: Tensor,
+    weighted_NH: Tensor,
+    activation: str,
+    *,
+    gather: bool = True,
+) -> Tensor:
+    """Fill ``dgate_NH``, ``dup_NH`` and ``weighted_NH``; return the parts of the routing gradient, [parts, N] fp32.
+
+    Args:
+        grad_TD: the output's gradient; features side by side.
+        weights_TK: [T, K] routing weights, contiguous.
+        order_N: [N] int64, the slot of each row.
+        schedule: the tiles of the rows; its ``block_rows`` is this kernel's.
+        w_down: [E, D, H].
+        gate_NH: the gate's pre-activation or None.
+        up_NH: the other pre-activation, of gate_NH's stride.
+        dgate_NH: the gate's gradient or None.
+        dup_NH: the other gradient, of dgate_NH's stride.
+        weighted_NH: hidden values times routing weight.
+        activation: a name of ``triton_ops.activations``.
+    """
+    rows, width = up_NH.shape
+    depth = grad_TD.shape[1]
+    block = blocks("hidden_grad", grad_TD.dtype, rows, schedule.num_experts, grad_TD.device)
+    column_tiles = cdiv(width, block.n)
+    parts = torch.empty((column_tiles, rows), dtype=torch.float32, device=grad_TD.device)
+    if not rows or not width:
+        return parts
+    by_descriptor = has_tma(grad_TD.device) and describable(w_down)
+    gate, dgate = (up_NH, dup_NH) if gate_NH is None or dgate_NH is None else (gate_NH, dgate_NH)
+    a = grad_TD if gather or not by_descriptor else descriptor(grad_TD, block.m, block.k)
+    outs = (dgate, dup_NH, weighted_NH)
+    by_store = block.store and by_descriptor and describable(*outs)
+    tiles = [descriptor(out, block.m, block.n // block.pieces) if by_store else out for out in outs]
+    programs = min(schedule.max_tiles * column_tiles, block.per_processor * processors(grad_TD.device))
+    _hidden_grad_kernel[(programs,)](
+        a, weights_TK, order_N, descriptor(w_down, 1, block.k, block.n) if by_descriptor else w_down,
+        gate, up_NH, *outs, *tiles, parts,
+        schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width, rows,
+        grad_TD.stride(0), w_down.stride(0), w_down.stride(1), up_NH.stride(0), dup_NH.stride(0),
+        weighted_NH.stride(0),
+        K=weights_TK.shape[1], ACT=activation, GLU=gate_NH is not None, TMA=by_descriptor,
+        EVEN=depth % block.k == 0, PRECISION=precision(grad_TD.dtype),
+        M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten, STORE=by_store, GATHER=gather,
+        PIECES=block.pieces, **block.options,
+    )  # fmt: skip
+    return parts
+
+
+@jit
+def _hidden_grad_kernel(
+    grad, weights, order, w_down, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles, parts,
+    expert_of_tile, experts, num_experts, depth, width, num_rows,
+    stride_grad, stride_we, stride_wd, stride_h, stride_dh, stride_weighted,
+    K: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr, STORE: tl.constexpr, GATHER: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(width, N)
+    total = count_tiles(experts, num_experts) * column_tiles
+    ks = tl.arange(0, STEP)
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, end, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
+        rows = row + tl.arange(0, M)
+        inside = rows < end
+        slot = tl.load(order + rows, inside, other=0)
+        columns = column * N + tl.arange(0, N)
+        known = columns < width
+        if GATHER:
+            g_rows = grad + (slot // K).to(tl.int64)[:, None] * stride_grad + ks[None, :]
+        w_rows = w_down
+        if not TMA:
+            w_rows = w_down + expert.to(tl.int64) * stride_we + columns[None, :]
+        steps = tl.where(expert < num_experts, depth, 0)
+        g = tl.zeros((M, N), tl.float32)
+        for k in tl.range(0, steps, STEP):
+            if not GATHER:
+                a = grad.load([row, k])
+            elif EVEN:
+                a = tl.load(g_rows + k)
+            else:
+                a = tl.load(g_rows + k, (k + ks < depth)[None, :], other=0.0)
+            if TMA:
+                b = w_down.load([expert, k, column * N]).reshape(STEP, N)
+            else:
+                mask = (k + ks < depth)[:, None] & known[None, :]
+                b = tl.load(w_rows + (k + ks).to(tl.int64)[:, None] * stride_wd, mask, other=0.0)
+            g = tl.dot(a, b, g, input_precision=PRECISION)
+        # read again, rather than kept in registers through the products
+        slot = tl.load(order + row + tl.arange(0, M), row + tl.arange(0, M) < end, other=0)
+        q = tl.load(weights + slot).to(tl.float32)[:, None]
+        q = tl.where(expert < num_experts, q, 0.0)
+        part = _columns(
+            g, q, row, end, column * N, width, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles,
+            stride_h, stride_dh, stride_weighted, ACT, GLU, STORE, M, N, PIECES,
+        )  # fmt: skip
+        tl.store(
+            parts + column.to(tl.int64) * num_rows + row + tl.arange(0, M), part, row + tl.arange(0, M) < end
+        )
+
+
+@jit
+def _columns(
+    g, q, row, end, column, width, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles,
+    stride_h, stride_dh, stride_weighted,
+    ACT: tl.constexpr, GLU: tl.constexpr, STORE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of columns ``column .. column + N``, by halves of halves; returns ``<g, hidden>`` of each row."""
+    if PIECES > 1:
+        left, right = g.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        part = _columns(
+            left, q, row, end, column, width, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles,
+            stride_h, stride_dh, stride_weighted, ACT, GLU, STORE, M, N // 2, PIECES // 2,
+        )  # fmt: skip
+        part += _columns(
+            right, q, row, end, column + N // 2, width, gate, up, dgate, dup, weighted,
+            dgate_tiles, dup_tiles, weighted_tiles,
+            stride_h, stride_dh, stride_weighted, ACT, GLU, STORE, M, N // 2, PIECES // 2,
+        )  # fmt: skip
+    else:
+        # int64 to the tile, int32 within it: whole tiles of 64-bit addresses would not fit the registers
+        ms = tl.arange(0, M)[:, None]
+        ns = tl.arange(0, N)[None, :]
+        mask = (row + ms < end) & (column + ns < width)
+        here = row.to(tl.int64) * stride_h + column
+        u = tl.load(up + here + (ms * stride_h + ns), mask, other=0.0).to(tl.float32)
+        if GLU:
+            z = tl.load(gate + here + (ms * stride_h + ns), mask, other=0.0).to(tl.float32)
+            act, dact = activate_backward(z, ACT)
+            hidden = act * u
+        else:
+            hidden, dact = activate_backward(u, ACT)
+        part = tl.sum(tl.where(mask, g * hidden, 0.0), 1)
+        store(weighted, weighted_tiles, q * hidden, row, end, column, width, stride_weighted, STORE, M, N)
+        g *= q
+        if GLU:
+            store(dgate, dgate_tiles, g * u * dact, row, end, column, width, stride_dh, STORE, M, N)
+            store(dup, dup_tiles, g * act, row, end, column, width, stride_dh, STORE, M, N)
+        else:
+            store(dup, dup_tiles, g * dact, row, end, column, width, stride_dh, STORE, M, N)
+    return part
+
+
+def weights_grad(
+    parts: Tensor,
+    order_N: Tensor,
+    grad_TD: Tensor,
+    b_down: Tensor | None,
+    schedule: Schedule,
+    out_TK: Tensor,
+) -> None:
+    """Fill ``out_TK``, the routing gradient: the parts of ``hidden_grad`` in their order, and ``<grad, b_down>``."""
+    rows = order_N.shape[0]
+    if not rows:
+        return
+    block_rows = schedule.block_rows
+    _weights_grad_kernel[(schedule.max_tiles,)](
+        parts, order_N, grad_TD, b_down if b_down is not None else grad_TD, out_TK,
+        schedule.expert_of_tile, schedule.experts, schedule.num_experts, rows, parts.shape[0], grad_TD.shape[1],
+        grad_TD.stride(0),
+        K=out_TK.shape[1], BIAS=b_down is not None, M=block_rows, STEP=64, num_warps=4,
+    )  # fmt: skip
+
+
+@jit
+def _weights_grad_kernel(
+    parts, order, grad, b_down, out,
+    expert_of_tile, experts, num_experts, num_rows, num_parts, depth, stride_grad,
+    K: tl.constexpr, BIAS: tl.constexpr, M: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) >= count_tiles(experts, num_experts):
+        return
+    expert, row, end, _ = locate(tl.program_id(0), 1, expert_of_tile, experts, M, 1)
+    rows = row + tl.arange(0, M)
+    inside = rows < end
+    slot = tl.load(order + rows, inside, other=0)
+    total = tl.zeros((M,), tl.float32)
+    at = parts + rows
+    for _ in range(0, num_parts):
+        total += tl.load(at, inside, other=0.0)
+        at += num_rows
+    if BIAS:
+        ks = tl.arange(0, STEP)
+        token = (slot // K).to(tl.int64)
+        for k in range(0, tl.where(expert < num_experts, depth, 0), STEP):
+            known = k + ks < depth
+            bias = tl.load(b_down + expert.to(tl.int64) * depth + k + ks, known, other=0.0).to(tl.float32)
+            g_rows = grad + token[:, None] * stride_grad + (k + ks)[None, :]
+            g = tl.load(g_rows, inside[:, None] & known[None, :], other=0.0).to(tl.float32)
+            total += tl.sum(g * bias[None, :], 1)
+    tl.store(out + slot, tl.where(expert < num_experts, total, 0.0).to(out.dtype.element_ty), inside)
