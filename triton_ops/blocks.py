@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-Kernel = Literal["entry", "glu_entry", "linear", "hidden_grad", "weight_grad"]
+Kernel = Literal["entry", "glu_entry", "linear", "hidden_grad", "weight_grad", "gathered_weight_grad"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,11 @@ class Blocks:
 
 _WIDE = {
     "entry": Blocks(m=128, n=256, k=64, warps=8, stages=3, pieces=4),
-    "glu_entry": Blocks(m=128, n=128, k=64, warps=8, stages=3, pieces=2),
+    "glu_entry": Blocks(m=128, n=128, k=64, warps=8, stages=3, pieces=4),
     "linear": Blocks(m=128, n=256, k=64, warps=8, stages=3, flatten=True, store=True),
     "hidden_grad": Blocks(m=128, n=256, k=64, warps=8, stages=3, pieces=4),
     "weight_grad": Blocks(m=128, n=256, k=32, warps=8, stages=5),
+    "gathered_weight_grad": Blocks(m=128, n=256, k=32, warps=8, stages=8),
 }
 _AMPERE = {
     "entry": Blocks(m=64, n=128, k=32, warps=8, stages=3, pieces=2),
@@ -60,6 +61,7 @@ _AMPERE = {
     "linear": Blocks(m=64, n=128, k=32, warps=8, stages=3),
     "hidden_grad": Blocks(m=64, n=64, k=32, warps=8, stages=3, pieces=2),
     "weight_grad": Blocks(m=128, n=128, k=32, warps=8, stages=3),
+    "gathered_weight_grad": Blocks(m=128, n=128, k=32, warps=8, stages=3),
 }
 # fp32 products run on ordinary cores, whose operands lie in registers.
 _FULL_PRECISION = Blocks(m=32, n=32, k=32, warps=4, stages=2)
@@ -69,10 +71,18 @@ def blocks(kernel: Kernel, dtype: torch.dtype, rows: int, experts: int, device: 
     """The tile for ``rows`` rows over ``experts`` experts."""
     if dtype is torch.float32:
         return _FULL_PRECISION
-    if kernel != "weight_grad" and rows < 48 * experts:
+    if not kernel.endswith("weight_grad") and rows < 48 * experts:
         m = 16 if rows < 16 * experts else 32
         return Blocks(m=m, n=64 if kernel == "glu_entry" else 128, k=128, warps=4, stages=3, per_processor=3)
-    return (_WIDE if has_tma(device) else _AMPERE)[kernel]
+    return (_WIDE if has_tma(device) and _holds_wide_tiles(device) else _AMPERE)[kernel]
+
+
+@functools.cache
+def _holds_wide_tiles(device: torch.device) -> bool:
+    """Whether a program may have the 227 KiB of shared memory of a data-centre card; others have about 100."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 * 1024
 
 
 @functools.cache

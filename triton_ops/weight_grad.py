@@ -14,7 +14,16 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from moefy.triton_ops.blocks import blocks, cdiv, describable, descriptor, has_tma, precision, processors
+from moefy.triton_ops.blocks import (
+    Kernel,
+    blocks,
+    cdiv,
+    describable,
+    descriptor,
+    has_tma,
+    precision,
+    processors,
+)
 from moefy.triton_ops.launch import jit
 from moefy.triton_ops.tiles import Schedule
 
@@ -38,7 +47,8 @@ def weight_grad(
     experts, height, width = out_EOI.shape
     if not height or not width or not experts:
         return
-    block = blocks("weight_grad", g.dtype, order_N.shape[0], experts, g.device)
+    kernel: Kernel = "gathered_weight_grad" if gather_g or gather_x else "weight_grad"
+    block = blocks(kernel, g.dtype, order_N.shape[0], experts, g.device)
     tma = has_tma(g.device)
     g_tma, x_tma = tma and not gather_g and describable(g), tma and not gather_x and describable(x)
     by_store = block.store and tma and describable(out_EOI)

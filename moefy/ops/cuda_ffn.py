@@ -24,8 +24,8 @@ def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     gate_rows, up_rows = _entry_buffers(layer) if save else (None, None)
     gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
     out_TD = kernels.forward(rows_contiguous(layer.x_TD), _experts(layer), gate_NH, up_NH)
-    empty = layer.x_TD.new_empty(0)
-    return out_TD, empty if gate_rows is None else gate_rows, empty if up_rows is None else up_rows
+    nothing = layer.x_TD.new_empty(0), layer.x_TD.new_empty(0)  # two, since the results may not alias
+    return out_TD, nothing[0] if gate_rows is None else gate_rows, nothing[1] if up_rows is None else up_rows
 
 
 def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:

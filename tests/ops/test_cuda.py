@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 
 from ops.layer import parameters, results, routed, tokens
 from ops.samples import SAMPLES, cases
@@ -31,7 +30,10 @@ def test_equals_cpu_and_repeats(name, i, dtype):
     as_list = lambda r: [r] if isinstance(r, Tensor) else list(r)  # noqa: E731
     for a, b, c in zip(as_list(got), as_list(want), as_list(again), strict=True):
         assert torch.equal(a, c)
-        assert_close(a.cpu(), b, rtol=eps, atol=4 * eps)
+        if a.is_floating_point():  # in the norm: sums run in another order than on the CPU
+            assert (a.cpu().double() - b.double()).norm() <= eps * b.double().norm()
+        else:
+            assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

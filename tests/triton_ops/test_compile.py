@@ -142,9 +142,8 @@ def ffn_kernels(dtype: torch.dtype, rows: int, *, tma: bool) -> list[Kernel]:
     outs = "gate_out up_out hidden_out gate_tiles up_tiles hidden_tiles b_gate b_up"
     entry = {"GATE_BIAS": True, "UP_BIAS": True, "SAVE": True, "GATHER": True}
     kernels = [
-        # with two biases triton 3.9 takes 8 bytes of stack
         row_kernel("entry", "glu_entry", dtype, f"x {outs}", pair, ACT="silu", GLU=True, PAIR=int(tma),
-                   stack=8 * tma, **entry, **common),
+                   **entry, **common),
         row_kernel("entry", "entry", dtype, f"x {outs}", {"w_up": "1nk", "w_gate": "1nk"}, ACT="gelu", GLU=False,
                    PAIR=0, **entry, **common),
     ]  # fmt: skip
@@ -163,7 +162,8 @@ def ffn_kernels(dtype: torch.dtype, rows: int, *, tma: bool) -> list[Kernel]:
         tiles = {"x_tiles": "kn"} if gathered else {"g_tiles": "km", "x_tiles": "kn"}
         pointers = "g x out out_tiles" + " g_tiles" * gathered
         forms = {"GATHER_G": gathered, "GATHER_X": False, "G_TMA": tma and not gathered, "X_TMA": tma}
-        kernels.append(row_kernel("weight_grad", "weight_grad", dtype, pointers, tiles, **forms, **common))
+        kind = "gathered_weight_grad" if gathered else "weight_grad"
+        kernels.append(row_kernel("weight_grad", kind, dtype, pointers, tiles, **forms, **common))
     return kernels
 
 
