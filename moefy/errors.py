@@ -116,8 +116,8 @@ class CheckFailed(MoefyError, RuntimeError):
         self.error, self.tolerance = error, tolerance
         super().__init__(
             f"the rewritten model differs from the dense one by {error:.2e} (relative norm, {dtype}, at {worst}); "
-            f"expected at most {tolerance:.0e}. The model was restored. If the model is random in eval mode, "
-            "pass check=False"
+            f"expected at most {tolerance:.0e}. The model was restored. If the model is random in eval mode, or "
+            "amplifies rounding so much (a copy of it in float64 then passes), pass check=False"
         )
 
 
