@@ -117,9 +117,18 @@ def _is_stacked(weight: fx.Node) -> bool:
     """Whether it is a parameter of 3 axes, or matrices picked from one: experts or heads that are there already."""
     rank, picked = len(shape_of(weight)), False
     while weight.op == "call_function" and op_name(weight) in _INDEXING | CASTS | PERMUTES:
-        picked |= op_name(weight) in _INDEXING and not isinstance(weight.args[1:2], slice)
+        picked |= _picks_first(weight)
         weight = weight.all_input_nodes[0]
     return weight.op == "get_attr" and len(shape_of(weight)) >= 3 and (picked or rank == 3)
+
+
+def _picks_first(node: fx.Node) -> bool:
+    """Whether it takes places of the first axis: ``w[e]``, not the ``w[:, :, 0]`` of a 1x1 convolution's weight."""
+    if op_name(node) in ("select", "index_select", "unbind"):
+        return (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) == 0
+    index = node.args[1] if op_name(node) == "getitem" else None
+    first = index[0] if isinstance(index, tuple | list) and index else index
+    return isinstance(first, int | fx.Node)
 
 
 def _from_linear(node: fx.Node) -> LinearSite | None:

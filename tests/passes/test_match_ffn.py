@@ -255,3 +255,27 @@ def test_depth_does_not_recurse() -> None:
     block = lambda: Net(lambda m, x: x + m.b(F.relu(m.a(x))), **parts())  # noqa: E731
     found = matches(nn.Sequential(*[block() for _ in range(150)]))
     assert sum(m.record.accepted for m in found) == 150
+
+
+PICKED = {
+    "w[e]": (lambda w: w[2], "grouped"),
+    "unbind": (lambda w: w.unbind(0)[2], "grouped"),
+    "select": (lambda w: w.select(0, 2), "grouped"),
+    "index_select": (lambda w: w.index_select(0, torch.tensor([2]))[0], "grouped"),
+    "conv's w[:, :, 0]": (lambda w: w.movedim(0, -1)[:, :, 2], "computed-weight"),
+}
+
+
+@pytest.mark.parametrize("how", PICKED)
+def test_a_matrix_out_of_a_stack(how: str) -> None:
+    """One expert of a stack is told from a 1x1 convolution's weight without its last axis."""
+    pick, code = PICKED[how]
+    stacks = {"w1": nn.Parameter(torch.randn(4, H, D)), "w2": nn.Parameter(torch.randn(4, D, H))}
+    match = only(Net(lambda m, x: x + F.linear(F.gelu(F.linear(x, pick(m.w1))), pick(m.w2)), **stacks))
+    assert match.record.code == code
+
+
+def test_rows_times_a_stack_is_grouped() -> None:
+    w1, w2 = nn.Parameter(torch.randn(4, D, H)), nn.Parameter(torch.randn(4, H, D))
+    match = only(Net(lambda m, x: x + torch.bmm(F.gelu(torch.bmm(x, m.w1)), m.w2), w1=w1, w2=w2), 4, 5, D)
+    assert match.record.code == "grouped"
