@@ -237,7 +237,7 @@ def _tracing_to_disk() -> bool:
 
 def _trace_artifact(name: str, before: str, after: str) -> None:
     for suffix, text in (("before", before), ("after", after)):
-        torch._logging.trace_structured(
+        torch._logging.trace_structured(  # pyright: ignore[reportPrivateImportUsage]
             "artifact",
             metadata_fn=lambda s=suffix: {"name": f"moefy_{name}_{s}", "encoding": "string"},
             payload_fn=lambda t=text: t,

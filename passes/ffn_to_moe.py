@@ -13,7 +13,7 @@ import dataclasses
 import operator
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -45,7 +45,7 @@ def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph
     rewritten = fx.Graph()
     output = rewritten.graph_copy(graph, copies, return_output_node=True)
     if output is not None:
-        value, old_output = output
+        value, old_output = cast("tuple[Any, fx.Node]", output)
         node = rewritten.output(value)
         node.meta.update(old_output.meta)
         copies[old_output] = node

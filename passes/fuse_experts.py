@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from moefy import ops
 from moefy.passes.base import Pass, graph_modules, register_pass
@@ -91,10 +92,10 @@ class _Body:
     def _run(self, rows: tuple[Tensor, ...], count: int) -> Tensor:
         env: dict[fx.Node, Any] = dict(zip(self.region.entries, rows, strict=True))
         for node in self.region.body:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._value(n, env))
             if node.op == "call_method":
                 self_arg, *args = args
-                function = getattr(self_arg, str(node.target))
+                function: Any = getattr(self_arg, str(node.target))
             else:
                 function = node.target
             if getattr(function, "__name__", "") in SHAPE_OPS:
@@ -142,7 +143,7 @@ def _random(node: fx.Node) -> bool:
         node.args[i] if len(node.args) > i else node.kwargs.get(key, default)
         for i, key, default in ((1, "p", 0.5), (2, "training", True))
     )
-    return p != 0 and training is not False
+    return bool(p != 0 and training is not False)
 
 
 def _example(node: fx.Node) -> Any:

@@ -125,7 +125,7 @@ def _is_stacked(weight: fx.Node) -> bool:
 def _picks_first(node: fx.Node) -> bool:
     """Whether it takes places of the first axis: ``w[e]``, not the ``w[:, :, 0]`` of a 1x1 convolution's weight."""
     if op_name(node) in ("select", "index_select", "unbind"):
-        return (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) == 0
+        return bool((node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) == 0)
     index = node.args[1] if op_name(node) == "getitem" else None
     first = index[0] if isinstance(index, tuple | list) and index else index
     return isinstance(first, int | fx.Node)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import fx
@@ -406,7 +407,7 @@ def _answer(call: ModuleCall, region: Region) -> tuple[str, bool] | None:
     tail = _dropout_tail(out, region.exit.out) if isinstance(out, fx.Node) else None
     if tail is None:
         return None
-    region.tail, region.exit.bias = tail, bias
+    region.tail, region.exit.bias = tail, cast("str | None", bias)
     return call.fqn, pair
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import heapq
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 
@@ -267,14 +267,14 @@ def splits_features(node: fx.Node, axis: int) -> bool:
         return False
     if name == "getitem":
         index = node.args[1]
-        return _feature_slice(index if isinstance(index, tuple | list) else (index,), rank, axis)
+        return _feature_slice(list(index) if isinstance(index, tuple | list) else [index], rank, axis)
     position = {"glu": 1, "narrow": 1}.get(name, 2)
     default = -1 if name == "glu" else 0
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
     return isinstance(dim, int) and dim % rank == axis
 
 
-def _feature_slice(index: tuple[object, ...] | list[object], rank: int, axis: int) -> bool:
+def _feature_slice(index: Sequence[object], rank: int, axis: int) -> bool:
     if any(not (i is Ellipsis or isinstance(i, slice)) for i in index):
         return False
     position = 0

@@ -256,9 +256,9 @@ class GraphTracer(fx.Interpreter):
             tensors = list(_tensors(result))
             if n.target is not operator.getitem and any(self.recorder.lookup(t) is None for t in tensors):
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
-                self.recorder.record(
-                    n.target, *self.recorder.arguments((args, kwargs)), result
-                )  # ops that torch-function modes do not see, such as aten overloads
+                # ops that torch-function modes do not see, such as aten overloads
+                args, kwargs = self.recorder.arguments((args, kwargs))
+                self.recorder.record(n.target, args, kwargs, result)
         return result
 
 

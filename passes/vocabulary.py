@@ -338,7 +338,7 @@ def _numel(node: fx.Node) -> int:
 def moved_axis(node: fx.Node, axis: int) -> int | None:
     """Where the input's non-negative ``axis`` stands in the result of a permuting node; None when unclear."""
     name, rank = op_name(node), len(shape_of(node))
-    args = list(node.args[1:])
+    args: list[Any] = list(node.args[1:])
     if name in ("T", "H", "mT", "mH", "t", "adjoint"):
         order = list(range(rank))
         if rank >= 2:
@@ -356,7 +356,7 @@ def moved_axis(node: fx.Node, axis: int) -> int | None:
         a, b = (d % rank for d in pair)  # type: ignore[operator]
         return b if axis == a else a if axis == b else axis
     if name in ("movedim", "moveaxis"):
-        pair = [*args, *(node.kwargs[k] for k in ("source", "destination") if k in node.kwargs)]
+        pair: list[Any] = [*args, *(node.kwargs[k] for k in ("source", "destination") if k in node.kwargs)]
         if len(pair) == 2 and all(isinstance(d, int) for d in pair):
             order = [i for i in range(rank) if i != pair[0] % rank]
             order.insert(pair[1] % rank, pair[0] % rank)
