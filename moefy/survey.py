@@ -23,7 +23,7 @@ from moefy.passes.trace import Trace, fake_inputs, trace_graph, trace_module
 from moefy.quiet import quiet
 from moefy.records import FFNMatch, Selection
 from moefy.samples import ExampleInputs, example
-from moefy.unseen import unseen_modules
+from moefy.unseen import may_hold_ffn, unseen_modules
 
 _MAX_CANDIDATES = 16
 LARGE = 100_000_000  # parameters; above this a forward costs more than tracing on fake tensors
@@ -176,7 +176,7 @@ def _first_accepted(model: nn.Module, module: nn.Module, outputs: bool, tried: l
 def _children(model: nn.Module, module: nn.Module, outputs: bool) -> Iterator[Part]:
     """The largest descendants that run by themselves on derived inputs."""
     for child in module.children():
-        if sum(1 for _ in child.parameters()) >= 2:
+        if may_hold_ffn(child):
             yield from _by_itself(model, child, outputs)
 
 

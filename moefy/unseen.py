@@ -24,10 +24,14 @@ def unseen_modules(model: nn.Module, traces: Iterable[Trace]) -> list[str]:
     return list(_topmost(model, "", read))
 
 
+def may_hold_ffn(module: nn.Module) -> bool:
+    """Whether there are two matrices, which an FFN needs."""
+    return sum(p.dim() >= 2 for p in module.parameters()) >= 2
+
+
 def _topmost(module: nn.Module, fqn: str, read: set[int]) -> Iterator[str]:
-    parameters = list(module.parameters())
-    if not any(id(p) in read for p in parameters):
-        if sum(p.dim() >= 2 for p in parameters) >= 2:
+    if not any(id(p) in read for p in module.parameters()):
+        if may_hold_ffn(module):
             yield fqn
         return
     for name, child in module.named_children():
