@@ -25,8 +25,6 @@ from moefy.triton_ops.weight_grad import bias_grad, weight_grad
 # lie apart is slower by a part of itself, a copy costs the same whatever the width (H100, bf16: H=1024 2.11 ms against
 # 1.74 + 0.74, H=3072 0.295 against 0.237 + 0.04). The rows of x are always copied: H=1024 4.80 ms against 2.96 + 0.74.
 COPY_GRADIENT_FROM = 2048
-# The same for the entry of wide experts (H=14336: 6.36 ms against 5.93 + 0.10).
-COPY_TOKENS_FROM = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,12 +98,9 @@ def hidden(
     rows = experts.order_N.shape[0]
     tiles = tiles or Schedules(experts.offsets_E, rows, x_TD.dtype)
     hidden_NH = torch.empty((rows, experts.w_up.shape[1]), dtype=x_TD.dtype, device=x_TD.device)
-    gather_here = experts.w_up.shape[1] < COPY_TOKENS_FROM
-    rows_ND = x_TD if gather_here else gather(x_TD, experts.order_N, experts.top_k)
     entry(
-        rows_ND, experts.order_N, experts.top_k, tiles.of("glu_entry" if experts.w_gate is not None else "entry"),
+        x_TD, experts.order_N, experts.top_k, tiles.of("glu_entry" if experts.w_gate is not None else "entry"),
         experts.w_gate, experts.b_gate, experts.w_up, experts.b_up, gate_NH, up_NH, hidden_NH, experts.activation,
-        gather=gather_here,
     )  # fmt: skip
     return hidden_NH
 

@@ -133,21 +133,8 @@ def _linear_kernel(
         for k in tl.range(0, steps, STEP):
             left = _load_a(a, row, rows, inside, k, ks, depth, stride_a, TMA)
             right = _load_w(
-                w,
-                expert,
-                column * N,
-                columns,
-                known,
-                k,
-                ks,
-                depth,
-                stride_we,
-                stride_wn,
-                TRANSPOSED,
-                TMA,
-                N,
-                STEP,
-            )
+                w, expert, column * N, columns, known, k, ks, depth, stride_we, stride_wn, TRANSPOSED, TMA, N, STEP,
+            )  # fmt: skip
             total_y = tl.dot(left, right, total_y, input_precision=PRECISION)
         if TWO:
             for k in tl.range(0, steps, STEP):

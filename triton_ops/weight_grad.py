@@ -51,14 +51,13 @@ def weight_grad(
     block = blocks(kernel, g.dtype, order_N.shape[0], experts, g.device)
     tma = has_tma(g.device)
     g_tma, x_tma = tma and not gather_g and describable(g), tma and not gather_x and describable(x)
-    by_store = block.store and tma and describable(out_EOI)
     tiles = experts * cdiv(height, block.m) * cdiv(width, block.n)
     _weight_grad_kernel[(min(tiles, block.per_processor * processors(g.device)),)](
         descriptor(g, block.k, block.m) if g_tma else g, descriptor(x, block.k, block.n) if x_tma else x,
-        g, x, order_N, out_EOI, descriptor(out_EOI, 1, block.m, block.n) if by_store else out_EOI,
+        g, x, order_N, out_EOI,
         schedule.experts, experts, height, width, g.stride(0), x.stride(0),
         K=top_k, GATHER_G=gather_g, GATHER_X=gather_x, G_TMA=g_tma, X_TMA=x_tma, PRECISION=precision(g.dtype),
-        M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten, STORE=by_store,
+        M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten,
         **block.options,
     )  # fmt: skip
 
@@ -82,11 +81,11 @@ def _gather(
 
 @jit
 def _weight_grad_kernel(
-    g_tiles, x_tiles, g, x, order, out, out_tiles,
+    g_tiles, x_tiles, g, x, order, out,
     experts, num_experts, height, width, stride_g, stride_x,
     K: tl.constexpr, GATHER_G: tl.constexpr, GATHER_X: tl.constexpr, G_TMA: tl.constexpr, X_TMA: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr, STORE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(height, M)
     column_tiles = tl.cdiv(width, N)
@@ -120,11 +119,8 @@ def _weight_grad_kernel(
             right = _gather(x, order, whole, end, ns, width, stride_x, K, GATHER_X, True, STEP)
             total = tl.dot(left.T, right, total, input_precision=PRECISION)
         value = total.to(out.dtype.element_ty)
-        if STORE:
-            out_tiles.store([expert, m0, n0], value.reshape(1, M, N))
-        else:
-            at = out + (ms + expert * height).to(tl.int64)[:, None] * width + ns[None, :]
-            tl.store(at, value, (ms < height)[:, None] & (ns < width)[None, :])
+        at = out + (ms + expert * height).to(tl.int64)[:, None] * width + ns[None, :]
+        tl.store(at, value, (ms < height)[:, None] & (ns < width)[None, :])
 
 
 def bias_grad(

@@ -160,7 +160,7 @@ def ffn_kernels(dtype: torch.dtype, rows: int, *, tma: bool) -> list[Kernel]:
         )  # fmt: skip
     for gathered in (False, True):
         tiles = {"x_tiles": "kn"} if gathered else {"g_tiles": "km", "x_tiles": "kn"}
-        pointers = "g x out out_tiles" + " g_tiles" * gathered
+        pointers = "g x out" + " g_tiles" * gathered
         forms = {"GATHER_G": gathered, "GATHER_X": False, "G_TMA": tma and not gathered, "X_TMA": tma}
         kind = "gathered_weight_grad" if gathered else "weight_grad"
         kernels.append(row_kernel("weight_grad", kind, dtype, pointers, tiles, **forms, **common))

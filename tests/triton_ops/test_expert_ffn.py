@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefy.triton_ops import activations, blocks, expert_ffn
+from moefy.triton_ops.entry import entry
 from moefy.triton_ops.expert_ffn import Experts, Gradients
 
 ACTIVATIONS = {
@@ -44,6 +45,7 @@ class Case:
     K: int = 2
     glu: str = "separate"
     bias: bool = True
+    without: str = ""
     activation: str = "silu"
     routing: str = "random"
     dtype: torch.dtype = torch.float32
@@ -81,6 +83,7 @@ class Layer:
         if case.bias:
             self.w |= {"b_up": merged_bias[:, up], "b_down": draw(E, O)}
             self.w["b_gate"] = merged_bias[:, gate] if case.glu != "none" else None
+        self.w |= {case.without: None} if case.without else {}
         if not case.glu.startswith("merged"):
             self.w = {name: None if w is None else w.contiguous() for name, w in self.w.items()}
         self.w_merged = merged if case.glu.startswith("merged") else None
@@ -246,13 +249,20 @@ def test_without_descriptors(device, guard_bands, monkeypatch):
         monkeypatch.setattr(f"moefy.triton_ops.{module}.has_tma", lambda device: False)
     check(Case(), device, guard_bands)
     check(Case(glu="none", dtype=torch.float16), device, guard_bands)
+    monkeypatch.setattr(f"{entry.__module__}.COPY_TOKENS_FROM", 1)  # wide experts: nothing to copy for
+    check(Case(), device, guard_bands)
 
 
 def test_copied_rows(device, guard_bands, monkeypatch):
     """Wide experts read copies of the rows."""
     monkeypatch.setattr(expert_ffn, "COPY_GRADIENT_FROM", 1)
-    monkeypatch.setattr(expert_ffn, "COPY_TOKENS_FROM", 1)
+    monkeypatch.setattr(f"{entry.__module__}.COPY_TOKENS_FROM", 1)
     check(Case(), device, guard_bands)
+
+
+@pytest.mark.parametrize("without", ["b_up", "b_gate", "b_down"])
+def test_some_biases(without, device, guard_bands):
+    check(Case(T=9, without=without), device, guard_bands)
 
 
 def test_the_bits_repeat(device):
