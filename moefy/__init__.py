@@ -21,6 +21,7 @@ _PUBLIC = {
     "undo": "moefy.revert",
     "MoE": "moefy.nn",
     "MoEConfig": "moefy.config",
+    "RouterSpec": "moefy.config",
     "FFNMatch": "moefy.records",
     "LayerRecord": "moefy.records",
     "PassRecord": "moefy.records",
@@ -35,6 +36,7 @@ __all__ = [
     "MoEConfig",
     "PassRecord",
     "RewriteReport",
+    "RouterSpec",
     "__version__",
     "errors",
     "find",
@@ -45,7 +47,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moefy import errors
-    from moefy.config import MoEConfig
+    from moefy.config import MoEConfig, RouterSpec
     from moefy.nn import MoE
     from moefy.records import FFNMatch, LayerRecord, PassRecord
     from moefy.revert import undo

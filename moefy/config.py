@@ -1,5 +1,7 @@
 """``MoEConfig``: everything that decides how a dense FFN becomes a Mixture-of-Experts. Plain, frozen data.
 
+``RouterSpec`` names a router and its options. Names and options are checked where the routers are known.
+
 >>> config = MoEConfig(num_experts=8, top_k=2)
 >>> MoEConfig.from_json(config.to_json()) == config
 True
@@ -17,6 +19,64 @@ SCHEMA_VERSION = 1
 MAX_EXPERTS = 4096
 
 
+class RouterSpec:
+    """A router by name, with options: ``RouterSpec("switch", jitter=0.01)``. Immutable, hashable, JSON round trip.
+
+    Args:
+        name: a key of ``moefy.nn.routers.ROUTERS``.
+        options: keyword arguments of that router: numbers, strings, booleans or ``None``.
+    """
+
+    __slots__ = ("_items", "name")
+
+    name: str
+    _items: tuple[tuple[str, Any], ...]
+
+    def __init__(self, name: str, /, **options: Any) -> None:
+        if not isinstance(name, str):
+            raise ConfigError("router", got=name, expected="a name, a RouterSpec or a router")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "_items", tuple(sorted(options.items())))
+
+    @classmethod
+    def of(cls, router: str | RouterSpec) -> RouterSpec:
+        """``router`` itself, or the spec of that name without options."""
+        return router if isinstance(router, RouterSpec) else cls(router)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RouterSpec:
+        """The inverse of ``to_dict``."""
+        return cls(data["name"], **data.get("options", {}))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name, a copy."""
+        return dict(self._items)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options, for JSON."""
+        return {"name": self.name, "options": self.options}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"RouterSpec is immutable; cannot set {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RouterSpec) and (self.name, self._items) == (other.name, other._items)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self._items))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _spec, (self.name, self.options)
+
+    def __repr__(self) -> str:
+        return f"RouterSpec({', '.join([repr(self.name), *(f'{k}={v!r}' for k, v in self._items)])})"
+
+
+def _spec(name: str, options: dict[str, Any]) -> RouterSpec:
+    return RouterSpec(name, **options)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """How FFNs are rewritten.
@@ -30,6 +90,7 @@ class MoEConfig:
         expert_noise: symmetry breaking. Experts 1 to E-1 get ``noise * std(weight)`` of Gaussian noise added per
             weight tensor; expert 0 stays the dense FFN bitwise. 0 keeps the start exact, but then identical
             experts give the router no gradient until they diverge.
+        router: the router's name, or a ``RouterSpec`` with options; see ``moefy.nn.routers``.
     """
 
     num_experts: int
@@ -37,6 +98,7 @@ class MoEConfig:
     seed: int = 0
     router_std: float = 0.02
     expert_noise: float = 0.0
+    router: str | RouterSpec = "top_k"
 
     def __post_init__(self) -> None:
         """Refuse values outside their domain."""
@@ -56,6 +118,8 @@ class MoEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ConfigError(name, got=value, expected="a finite number >= 0")
+        if not isinstance(self.router, str | RouterSpec):
+            raise ConfigError("router", got=self.router, expected="a name or a moefy.RouterSpec")
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -85,8 +149,10 @@ class MoEConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options and the schema version."""
-        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        """All options and the schema version, as JSON can hold them."""
+        values = {name: getattr(self, name) for name in self.field_names()}
+        data = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in values.items()}
+        return {"schema_version": SCHEMA_VERSION, **data}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MoEConfig:
@@ -100,6 +166,8 @@ class MoEConfig:
                 raise UnknownOption(name, cls.field_names(), where="MoEConfig")
         if "num_experts" not in options:
             raise ConfigError("num_experts", got=None, expected="an int, the number of experts per layer")
+        if isinstance(options.get("router"), dict):
+            options["router"] = RouterSpec.from_dict(options["router"])
         return cls(**options)
 
     def to_json(self) -> str:

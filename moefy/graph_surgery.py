@@ -15,6 +15,7 @@ from torch import fx, nn
 from moefy.config import MoEConfig
 from moefy.errors import NameClash
 from moefy.nn import ExpertLinear, Router
+from moefy.nn.routers import make_router
 from moefy.nn.upcycling import Origin, stack
 from moefy.passes.ffn_to_moe import GraphMatch, ffn_to_moe
 from moefy.passes.linears import LinearSite
@@ -170,7 +171,7 @@ def _router(model: fx.GraphModule, entry: LinearSite, config: MoEConfig) -> Rout
     weight = model.get_parameter(entry.weight)
     like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     options: dict[str, Any] = {"std": config.router_std, "seed": config.seed, "fqn": entry.name}
-    return Router(entry.in_features, config.num_experts, config.top_k, **options, **like)
+    return make_router(config.router, entry.in_features, config.num_experts, config.top_k, **options, **like)
 
 
 def _put_graph(model: fx.GraphModule, graph: fx.Graph) -> None:

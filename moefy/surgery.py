@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moefy.config import MoEConfig
 from moefy.errors import NameClash
 from moefy.nn import Body, EntryLinear, ExitLinear, ExpertLinear, FFNLink, MoE, Router, WeightRef
+from moefy.nn.routers import make_router
 from moefy.nn.upcycling import Origin, stack
 from moefy.passes.linears import LinearSite
 from moefy.passes.match_ffn import Match
@@ -300,7 +301,7 @@ def _router(model: nn.Module, region: Region, config: MoEConfig, place: str, lay
     width = region.entries[0].in_features
     like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     options: dict[str, Any] = {"std": config.router_std, "seed": config.seed, "fqn": place}
-    return Router(width, config.num_experts, config.top_k, **options, **like)
+    return make_router(config.router, width, config.num_experts, config.top_k, **options, **like)
 
 
 def feature_dim(region: Region) -> int:

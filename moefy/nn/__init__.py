@@ -8,11 +8,12 @@ from moefy.nn.entry_exit import EntryLinear, ExitLinear, FFNLink
 from moefy.nn.expert_linear import ExpertLinear
 from moefy.nn.moe import MoE, WeightRef
 from moefy.nn.routed_rows import RoutedRows
-from moefy.nn.router import Router
-from moefy.nn.routing import Routing
+from moefy.nn.routers import Router
+from moefy.nn.routing import Choice, Routing
 
 __all__ = [
     "Body",
+    "Choice",
     "EntryLinear",
     "ExitLinear",
     "ExpertLinear",

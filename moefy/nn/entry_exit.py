@@ -28,7 +28,7 @@ from moefy.errors import RoutingError, ShapeError
 from moefy.nn import functional
 from moefy.nn.expert_linear import ExpertLinear
 from moefy.nn.routed_rows import Mark, Ticket, mark_of, with_mark
-from moefy.nn.router import Router
+from moefy.nn.routers import Router
 from moefy.nn.routing import Routing
 
 SOURCE_ATTRIBUTE = "_moefy_routing_by_ffn"

@@ -26,7 +26,7 @@ import torch
 
 from moefy import ops
 from moefy.errors import RoutingError, ShapeError
-from moefy.nn.routing import Routing
+from moefy.nn.routing import Choice, Routing
 from moefy.ops.library import AUTOCAST_DEVICES
 
 
@@ -48,7 +48,9 @@ def route(
     computed in fp32 (fp64 for fp64 inputs) also under autocast; ties go to the lowest expert id.
     """
     logits_TE = router_logits(x, router_weight_ED, feature_dim)
-    routing = make_routing(x, logits_TE, top_k, router_weight_ED.shape[0], feature_dim)
+    weights_TK, index_TK = top_k_softmax(logits_TE, top_k)
+    choice = Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
+    routing = make_routing(x, choice, router_weight_ED.shape[0], feature_dim)
     return routing.top_k_weights, routing.order, routing.offsets
 
 
@@ -59,20 +61,17 @@ def router_logits(x: torch.Tensor, weight_ED: torch.Tensor, feature_dim: int = -
         return torch.mm(as_tokens(x, feature_dim).to(dtype), weight_ED.to(dtype).t())
 
 
-def make_routing(
-    x: torch.Tensor, logits_TE: torch.Tensor, top_k: int, num_experts: int, feature_dim: int = -1
-) -> Routing:
-    """The ``Routing`` of ``x`` that the scores ``logits_TE`` ask for."""
-    top_k_weights_TK, top_k_index_TK = top_k_softmax(logits_TE, top_k)
-    order_N, offsets_E = ops.sort_by_expert(top_k_index_TK, num_experts)
+def make_routing(x: torch.Tensor, choice: Choice, num_experts: int, feature_dim: int = -1) -> Routing:
+    """The ``Routing`` of ``x`` by ``choice``: its slots sorted by expert."""
+    order_N, offsets_E = ops.sort_by_expert(choice.index, num_experts)
     return Routing(
-        top_k_index=top_k_index_TK,
-        top_k_weights=top_k_weights_TK,
+        top_k_index=choice.index,
+        top_k_weights=choice.weights,
         order=order_N,
         offsets=offsets_E,
-        router_logits=logits_TE,
+        choice=choice,
         leading=leading_shape(x, feature_dim),
-        top_k=top_k,
+        top_k=choice.index.shape[1],
         feature_dim=feature_dim,
     )
 

@@ -19,14 +19,13 @@ import torch
 from torch import nn
 
 from moefy import ops
-from moefy.errors import ConfigError, suggest
+from moefy.config import RouterSpec
+from moefy.errors import ConfigError
 from moefy.nn import functional
 from moefy.nn.body import Body, KnownBody, resolve
 from moefy.nn.expert_linear import ExpertLinear
-from moefy.nn.router import Router
+from moefy.nn.routers import Router, make_router
 from moefy.nn.routing import Routing
-
-ROUTERS: dict[str, type[Router]] = {"top_k": Router}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class MoE(nn.Module):
         activation: a key of ``moefy.ops.ACTIVATIONS``: "gelu", "gelu_tanh", "relu", "silu", ...
         glu: gated experts, ``down(act(gate(x)) * up(x))`` (Shazeer 2020) instead of ``down(act(up(x)))``.
         bias: whether the experts have biases; by default ``not glu``.
-        router: "top_k", or a ``moefy.nn.Router`` of these sizes.
+        router: a name, a ``moefy.RouterSpec`` (a name with options), or a ``moefy.nn.Router`` of these sizes.
         seed: seeds the router alone, which every rank draws alike; give each layer its own. The experts draw from the
             global generator as ``nn.Linear`` does.
         device: where the parameters live.
@@ -93,7 +92,7 @@ class MoE(nn.Module):
         activation: str = "gelu",
         glu: bool = False,
         bias: bool | None = None,
-        router: str | Router = "top_k",
+        router: str | RouterSpec | Router = "top_k",
         seed: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -235,21 +234,6 @@ class MoE(nn.Module):
         gated = "" if known is None or known.glu == "none" else f", glu={known.glu!r}"
         body = repr(known.activation) if known else "custom"
         return f"experts={self.num_experts}, top_k={self.top_k}, body={body}{gated}"
-
-
-def make_router(router: str | Router, d_model: int, num_experts: int, top_k: int, **options: Any) -> Router:
-    """The router that ``router`` names, or ``router`` itself when it fits."""
-    if isinstance(router, Router):
-        got = (router.d_model, router.num_experts, router.top_k)
-        if got != (d_model, num_experts, top_k):
-            raise ConfigError(
-                "router", got=got, expected=f"(d_model, num_experts, top_k) = {(d_model, num_experts, top_k)}"
-            )
-        return router
-    if router not in ROUTERS:
-        known = sorted(ROUTERS)
-        raise ConfigError("router", got=router, expected=f"one of {known}{suggest(str(router), known)}")
-    return ROUTERS[router](d_model, num_experts, top_k, **options)
 
 
 def check_sizes(**sizes: int) -> None:

@@ -1,4 +1,7 @@
-"""``Routing``: where every token goes. Made once per forward by a router, read by entries, bodies and exits.
+"""``Choice`` and ``Routing``: which experts a router picks for every token, and where each row goes.
+
+A router makes a ``Choice``; capacity may drop slots of it; sorted by expert it is the ``Routing`` that entries, bodies
+and exits read. Both are made once per forward.
 
 Contract: rows are sorted by expert, stable by slot. Sorted row ``r`` holds slot
 ``order_N[r] = t * K + k``, and expert ``e`` owns rows ``offsets_E[e - 1] : offsets_E[e]``
@@ -17,15 +20,42 @@ import torch
 
 
 @dataclasses.dataclass(eq=False)
+class Choice:
+    """What a router decided for T tokens and E experts, before anything is sorted.
+
+    Attributes:
+        index: ``[T, K]`` int64, the chosen experts, best first. An id outside ``[0, E)`` drops its slot.
+        weights: ``[T, K]`` fp32 (fp64 for fp64 inputs), what multiplies each expert's output; 0 for a dropped slot.
+        logits: ``[T, E]``, the raw scores.
+        scores: ``[T, E]``, the scores that the weights and the balance losses are made of: a softmax or sigmoid of the
+            logits. ``None`` means the softmax over all experts, which nobody needed yet.
+        losses: losses of the router's own by name, scalars without a weight (noisy top-k's load and importance).
+        mask: ``[T]`` bool, the tokens that count; ``None`` means all.
+    """
+
+    index: torch.Tensor
+    weights: torch.Tensor
+    logits: torch.Tensor
+    scores: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    mask: torch.Tensor | None = None
+
+    def all_scores(self) -> torch.Tensor:
+        """``scores``, or the softmax over all experts that they stand for."""
+        return torch.softmax(self.logits, dim=-1) if self.scores is None else self.scores
+
+
+@dataclasses.dataclass(eq=False)
 class Routing:
     """The routing of T tokens to K of E experts each.
 
     Attributes:
         top_k_index: ``[T, K]`` int64, the chosen experts, best first.
-        top_k_weights: ``[T, K]`` fp32 (fp64 for fp64 inputs), their weights; they sum to 1 per token.
+        top_k_weights: ``[T, K]`` fp32 (fp64 for fp64 inputs), their weights, which sum to 1 per token unless the
+            router says otherwise.
         order: ``[N]`` int64, N = T*K, the slot of each sorted row.
         offsets: ``[E]`` int32, the end row of each expert.
-        router_logits: ``[T, E]``, the scores before top-k.
+        choice: what the router decided, before capacity dropped slots of it.
         leading: the source's shape without its feature axis; their product is T.
         top_k: K.
         feature_dim: the feature axis of the source.
@@ -35,10 +65,15 @@ class Routing:
     top_k_weights: torch.Tensor
     order: torch.Tensor
     offsets: torch.Tensor
-    router_logits: torch.Tensor
+    choice: Choice
     leading: tuple[int, ...]
     top_k: int
     feature_dim: int
+
+    @property
+    def router_logits(self) -> torch.Tensor:
+        """``[T, E]``, the scores before top-k."""
+        return self.choice.logits
 
     @property
     def tokens_per_expert(self) -> torch.Tensor:

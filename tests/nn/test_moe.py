@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from moefy.errors import ConfigError, RoutingError, ShapeError
 from moefy.nn import Body, ExpertLinear, KnownBody, MoE, Router, WeightRef, functional
 from moefy.nn.body import activate
-from moefy.nn.router import router_init_
+from moefy.nn.routers import router_init_
 from nn.blocks import assert_same, results
 
 D, H, E, K = 8, 12, 4, 2

@@ -1,4 +1,4 @@
-"""``Router``: scores every token against E experts and keeps the best K.
+"""``Router``: scores every token against E experts and keeps the best K; the base of every other router.
 
 Contract: ``weight [E, D]`` is drawn from a generator of its own, seeded by the seed and the layer's name, so that every
 rank draws the same matrix and the global random state is untouched. The maths is in fp32 (fp64 for fp64 inputs).
@@ -6,19 +6,22 @@ rank draws the same matrix and the global random state is untouched. The maths i
     >>> router = Router(d_model=16, num_experts=4, top_k=2, fqn="layers.0.mlp")
     >>> router(torch.randn(2, 5, 16)).top_k_index.shape
     torch.Size([10, 2])
+
+A forward has three steps: ``logits`` scores the tokens, ``choose`` picks experts, and the slots are sorted. A router of
+another kind overrides ``choose``, or ``logits`` where only the scores differ.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
-from moefy.nn.routing import Routing
+from moefy.nn.routing import Choice, Routing
 
 
 class Router(nn.Module):
@@ -34,11 +37,14 @@ class Router(nn.Module):
         device: where ``weight`` lives.
         dtype: its dtype.
 
-    A subclass may override ``logits`` (say, to add noise): everything behind it is shared.
+    A subclass may override ``logits`` (say, to add noise) or ``choose``: everything behind them is shared.
 
     Raises:
         ConfigError: for sizes outside their domain.
     """
+
+    sums_to_one: ClassVar[bool] = True
+    """Whether each token's weights sum to 1, so that equal experts give the dense output."""
 
     def __init__(
         self,
@@ -72,19 +78,33 @@ class Router(nn.Module):
         """``[T, E]`` scores of the tokens of ``x``."""
         return functional.router_logits(x, self.weight, feature_dim)
 
-    def forward(self, x: torch.Tensor, feature_dim: int = -1) -> Routing:
+    def choose(self, logits_TE: torch.Tensor, top_k: int) -> Choice:
+        """The experts that ``logits_TE`` pick."""
+        weights_TK, index_TK = functional.top_k_softmax(logits_TE, top_k)
+        return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
+
+    def forward(self, x: torch.Tensor, feature_dim: int = -1, *, top_k: int | None = None) -> Routing:
         """The routing of ``x``: any shape with D features on ``feature_dim``.
+
+        Args:
+            x: the tokens.
+            feature_dim: their feature axis.
+            top_k: another K for this call.
 
         Raises:
             ShapeError: when ``x`` has another width.
+            ConfigError: for a K outside 1 to E.
         """
         axis = functional.feature_axis(x.dim(), feature_dim)
         if x.shape[axis] != self.d_model:
             raise ShapeError(
                 f"the router expects {self.d_model} features on axis {feature_dim}; got {tuple(x.shape)}"
             )
-        logits_TE = self.logits(x, feature_dim)
-        return functional.make_routing(x, logits_TE, self.top_k, self.num_experts, feature_dim)
+        top_k = self.top_k if top_k is None else top_k
+        if not 1 <= top_k <= self.num_experts:
+            raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
+        choice = self.choose(self.logits(x, feature_dim), top_k)
+        return functional.make_routing(x, choice, self.num_experts, feature_dim)
 
     def extra_repr(self) -> str:
         """Sizes."""
