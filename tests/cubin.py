@@ -1,5 +1,7 @@
 """Kernels compiled to machine code without a GPU: how many registers, spills and bytes of shared memory.
 
+An architecture is a number: 80, 90, 100 are NVIDIA's sm_80, sm_90, sm_100, and 942 is AMD's gfx942.
+
 Contract: a ``Kernel`` is plain data, so that it can be sent to another process. There has to be one: the tests' own
 process interprets Triton, and a process can do only one of the two.
 
@@ -24,7 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # The shared memory that one program may have, in bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 942: 64 * 1024}
+AMD = (942,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Kernel:
     constexprs: dict[str, Any]
     options: dict[str, int]
     aligned: tuple[str, ...] = ()
-    archs: tuple[int, ...] = (80, 90, 100)
+    archs: tuple[int, ...] = (80, 90, 100, 942)
     stack: int = 0
 
 
@@ -61,20 +64,20 @@ class Resources:
 
 
 def resources(kernels: Sequence[Kernel], arch: int) -> list[Resources]:
-    """What each kernel takes on sm_<arch>; compiled in one process of its own."""
+    """What each kernel takes on ``arch``; compiled in one process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     given = json.dumps([dataclasses.asdict(kernel) for kernel in kernels])
     command = [sys.executable, __file__, str(arch)]
     run = subprocess.run(command, input=given, env=environment, capture_output=True, text=True)
     if run.returncode:
-        raise AssertionError(f"no machine code for sm_{arch}:\n{run.stdout}{run.stderr}")
+        raise AssertionError(f"no machine code for {arch}:\n{run.stdout}{run.stderr}")
     return [Resources(**found) for found in json.loads(run.stdout.splitlines()[-1])]
 
 
 def faults(kernel: Kernel, found: Resources, arch: int) -> list[str]:
     """What is wrong with a compiled kernel: spills, or more shared memory than there is."""
-    where = f"{kernel.name} {kernel.constexprs} on sm_{arch}: {found}"
+    where = f"{kernel.name} {kernel.constexprs} on {arch}: {found}"
     wrong = [f"spills: {where}"] if found.stack > kernel.stack or found.local else []
     return wrong + ([f"too much shared memory: {where}"] if found.shared > SHARED_LIMIT[arch] else [])
 
@@ -86,7 +89,7 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
     from triton.compiler import ASTSource
 
     module, attribute = kernel.name.split(":")
-    function = getattr(importlib.import_module(module), attribute)
+    function = getattr(importlib.import_module(module), attribute).jitted
     types = {**kernel.signature, **dict.fromkeys(kernel.constexprs, "constexpr")}
     signature = {name: types[name] for name in function.arg_names}
     assert len(types) == len(signature), sorted(set(types) - set(signature))
@@ -96,8 +99,10 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
         if kind.startswith("*") or name in kernel.aligned
     }
     source = ASTSource(fn=function, signature=signature, constexprs=kernel.constexprs, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
-    return Resources(**_usage(compiled.asm["cubin"]), shared=compiled.metadata.shared)
+    target = GPUTarget("hip", f"gfx{arch}", 64) if arch in AMD else GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=kernel.options)
+    usage = _amd_usage(compiled.asm["amdgcn"]) if arch in AMD else _usage(compiled.asm["cubin"])
+    return Resources(**usage, shared=compiled.metadata.shared)
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -111,6 +116,12 @@ def _usage(cubin: bytes) -> dict[str, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
     return {name: int(re.findall(rf"\b{word}:(\d+)", text)[0]) for name, word in names.items()}
+
+
+def _amd_usage(assembly: str) -> dict[str, int]:
+    """The same from the metadata at the end of the assembly: scratch is the stack, spills are counted in registers."""
+    names = {"registers": "vgpr_count", "stack": "private_segment_fixed_size", "local": "vgpr_spill_count"}
+    return {name: int(re.findall(rf"\.{word}:\s+(\d+)", assembly)[0]) for name, word in names.items()}
 
 
 if __name__ == "__main__":

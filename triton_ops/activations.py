@@ -17,8 +17,15 @@ NAMES = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "sigmoid", 
 
 
 @jit
+def _sigmoid(x):
+    # Epilogues have nothing beside them, so instructions count: exp2 and rsqrt are one each, exp and a division six.
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
+
+
+@jit
 def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
+    return 2 * _sigmoid(2 * x) - 1
 
 
 @jit
@@ -26,19 +33,20 @@ def activate(x, NAME: tl.constexpr):
     """``act(x)`` of an fp32 tile."""
     tl.static_assert(NAME != "", "an activation needs a name")
     if NAME == "silu":
-        y = x * tl.sigmoid(x)
+        y = x * _sigmoid(x)
     elif NAME == "gelu":
         y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
-        y = 0.5 * x * (1 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        # (1 + tanh(z)) / 2 is sigmoid(2 z)
+        y = x * _sigmoid(x * (1.5957691216057308 + 0.07135481282553529 * (x * x)))
     elif NAME == "quick_gelu":
-        y = x * tl.sigmoid(1.702 * x)
+        y = x * _sigmoid(1.702 * x)
     elif NAME == "relu":
         y = tl.where(x > 0, x, tl.where(x != x, x, 0.0))
     elif NAME == "relu2":
         y = tl.where(x > 0, x * x, tl.where(x != x, x, 0.0))
     elif NAME == "sigmoid":
-        y = tl.sigmoid(x)
+        y = _sigmoid(x)
     elif NAME == "tanh":
         y = _tanh(x)
     else:
@@ -51,21 +59,22 @@ def activate(x, NAME: tl.constexpr):
 def activate_backward(x, NAME: tl.constexpr):
     """``(act(x), act'(x))`` of an fp32 tile."""
     if NAME == "silu":
-        s = tl.sigmoid(x)
+        s = _sigmoid(x)
         y = x * s
-        dy = s * (1 + x * (1 - s))
+        dy = s + y * (1 - s)
     elif NAME == "gelu":
         cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         y = x * cdf
         dy = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif NAME == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        y = 0.5 * x * (1 + t)
-        dy = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * x * x)
-    elif NAME == "quick_gelu":
-        s = tl.sigmoid(1.702 * x)
+        square = x * x
+        s = _sigmoid(x * (1.5957691216057308 + 0.07135481282553529 * square))
         y = x * s
-        dy = s + 1.702 * x * s * (1 - s)
+        dy = s + y * (1 - s) * (1.5957691216057308 + 0.21406443847660586 * square)
+    elif NAME == "quick_gelu":
+        s = _sigmoid(1.702 * x)
+        y = x * s
+        dy = s + 1.702 * y * (1 - s)
     elif NAME == "relu":
         y = activate(x, NAME)
         dy = tl.where(x > 0, 1.0, 0.0)
@@ -73,7 +82,7 @@ def activate_backward(x, NAME: tl.constexpr):
         y = activate(x, NAME)
         dy = tl.where(x > 0, 2 * x, 0.0)
     elif NAME == "sigmoid":
-        y = tl.sigmoid(x)
+        y = _sigmoid(x)
         dy = y * (1 - y)
     elif NAME == "tanh":
         y = _tanh(x)

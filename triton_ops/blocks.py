@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
 
 Kernel = Literal["entry", "glu_entry", "linear", "hidden_grad", "weight_grad", "gathered_weight_grad"]
@@ -26,6 +26,7 @@ class Blocks:
     ``per_processor``: programs that share a multiprocessor, so that one's epilogue runs beside another's products.
     ``store``: write whole tiles by descriptor.
     ``pair``: load the tiles of gate and up as one operand.
+    ``registers``: the most that a thread may have, so that several programs fit.
     ``flatten``: let the loads of the next tile start during the epilogue.
     """
 
@@ -40,11 +41,13 @@ class Blocks:
     flatten: bool = False
     store: bool = False
     pair: bool = True
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """Launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 _WIDE = {
@@ -103,20 +106,36 @@ def processors(device: torch.device) -> int:
 
 def describable(*tensors: Tensor) -> bool:
     """Whether a tensor descriptor can address them: not empty, 16-byte aligned rows, features side by side."""
-    return all(
-        t.numel() > 0
-        and t.stride(-1) == 1
-        and t.data_ptr() % 16 == 0
-        and all(s * t.element_size() % 16 == 0 and s > 0 for s in t.stride()[:-1])
-        for t in tensors
-    )
+    return all(_describable(tensor) for tensor in tensors)
+
+
+def _describable(tensor: Tensor) -> bool:
+    *outer, last = tensor.stride()
+    if last != 1 or tensor.data_ptr() & 15 or not tensor.numel():
+        return False
+    size = tensor.element_size()
+    return all(stride > 0 and not stride * size & 15 for stride in outer)
 
 
 def descriptor(tensor: Tensor, *block: int) -> Any:
-    """A tensor descriptor of ``tensor`` for tiles of ``block``."""
+    """A tensor descriptor of ``tensor``, which is ``describable``, for tiles of ``block``."""
+    return describe(tensor, tensor.shape, tensor.stride(), block)
+
+
+def describe(base: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
+    """A tensor descriptor. Its own checks, which take half a launch, are left out: ``describable`` made them."""
+    tensor_descriptor = _descriptor_class()
+    found = tensor_descriptor.__new__(tensor_descriptor)
+    found.base, found.shape, found.strides = base, list(shape), list(strides)
+    found.block_shape, found.padding = list(block), "zero"
+    return found
+
+
+@functools.cache
+def _descriptor_class() -> type[Any]:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+    return TensorDescriptor
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -126,5 +145,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up."""
-    return triton.cdiv(a, b)
+    """``a / b``, rounded up; Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below ``n >= 1``."""
+    return 1 << (n - 1).bit_length()

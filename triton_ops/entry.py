@@ -24,13 +24,14 @@ from moefy.triton_ops.blocks import (
     blocks,
     cdiv,
     describable,
+    describe,
     descriptor,
     has_tma,
     precision,
     processors,
 )
-from moefy.triton_ops.gather_sum import gather
-from moefy.triton_ops.launch import jit
+from moefy.triton_ops.gather_sum import spread
+from moefy.triton_ops.launch import jit, kernel
 from moefy.triton_ops.tiles import Schedule, count_tiles, locate, store
 
 # Experts of this hidden width and more read copied rows, where these come by descriptor (H100, bf16, H=14336: 6.36 ms
@@ -43,6 +44,7 @@ def entry(
     order_N: Tensor,
     top_k: int,
     schedule: Schedule,
+    row_of_slot_N: Tensor | None,
     w_gate: Tensor | None,
     b_gate: Tensor | None,
     w_up: Tensor,
@@ -78,7 +80,7 @@ def entry(
     copy = by_descriptor and width >= COPY_TOKENS_FROM
     if copy:
         block = dataclasses.replace(block, store=True, flatten=True)
-        x_TD = gather(x_TD, order_N, top_k)
+        x_TD = spread(x_TD, row_of_slot_N, top_k)
     pair = _pair(gate, w_up, block) if glu and by_descriptor and block.pair else None
     weights = [descriptor(w, 1, block.n, block.k) if by_descriptor else w for w in (gate, w_up)]
     if pair is not None:
@@ -117,14 +119,12 @@ def _pair(gate: Tensor, up: Tensor, block: Blocks) -> Any | None:
     distance = last.data_ptr() - first.data_ptr()
     if distance % 16 or distance >= 2**40 or gate.stride() != up.stride():
         return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     experts, width, depth = gate.shape
-    strides = [gate.stride(0), distance // gate.element_size(), gate.stride(1), 1]
-    return TensorDescriptor(first, [experts, 2, width, depth], strides, [1, 2, block.n, block.k])
+    strides = (gate.stride(0), distance // gate.element_size(), gate.stride(1), 1)
+    return describe(first, (experts, 2, width, depth), strides, (1, 2, block.n, block.k))
 
 
-@jit
+@kernel
 def _entry_kernel(
     x, order, w_gate, w_up, b_gate, b_up, gate_out, up_out, hidden_out, gate_tiles, up_tiles, hidden_tiles,
     expert_of_tile, experts, num_experts, depth, width,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moefy.triton_ops.blocks import blocks
 from moefy.triton_ops.entry import entry
-from moefy.triton_ops.gather_sum import gather, gather_sum
+from moefy.triton_ops.gather_sum import gather_sum, spread
 from moefy.triton_ops.hidden_grad import hidden_grad, weights_grad
 from moefy.triton_ops.linear import linear
 from moefy.triton_ops.tiles import Schedule, schedule
@@ -96,10 +96,11 @@ def hidden(
 ) -> Tensor:
     """The exit's input [N, H]; fills the pre-activations where given."""
     rows = experts.order_N.shape[0]
-    tiles = tiles or Schedules(experts.offsets_E, rows, x_TD.dtype)
+    tiles = tiles or Schedules(experts.offsets_E, rows, x_TD.dtype, experts.order_N)
+    at = tiles.of("glu_entry" if experts.w_gate is not None else "entry")
     hidden_NH = torch.empty((rows, experts.w_up.shape[1]), dtype=x_TD.dtype, device=x_TD.device)
     entry(
-        x_TD, experts.order_N, experts.top_k, tiles.of("glu_entry" if experts.w_gate is not None else "entry"),
+        x_TD, experts.order_N, experts.top_k, at, tiles.row_of_slot_N,
         experts.w_gate, experts.b_gate, experts.w_up, experts.b_up, gate_NH, up_NH, hidden_NH, experts.activation,
     )  # fmt: skip
     return hidden_NH
@@ -155,12 +156,12 @@ def backward(
     if grads.w_down is not None and weighted_NH.shape[1] < COPY_GRADIENT_FROM:
         weight_grad(grad_TD, weighted_NH, order_N, top_k, at, grads.w_down, gather_g=True)
     elif grads.w_down is not None:
-        weight_grad(gather(grad_TD, order_N, top_k), weighted_NH, order_N, top_k, at, grads.w_down)
+        weight_grad(spread(grad_TD, tiles.row_of_slot_N, top_k), weighted_NH, order_N, top_k, at, grads.w_down)
     del weighted_NH, parts
     if grads.b_down is not None:
         bias_grad(grad_TD, experts.weights_TK, order_N, top_k, at, grads.b_down, gather=True)
     entries = (grads.w_gate, grads.w_up)
-    x_ND = gather(x_TD, order_N, top_k) if any(weight is not None for weight in entries) else x_TD
+    x_ND = spread(x_TD, tiles.row_of_slot_N, top_k) if any(weight is not None for weight in entries) else x_TD
     for weight, bias, d in ((grads.w_gate, grads.b_gate, dgate_NH), (grads.w_up, grads.b_up, dall)):
         if weight is not None and d is not None:
             weight_grad(d, x_ND, order_N, top_k, at, weight)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moefy.triton_ops.activations import activate_backward
 from moefy.triton_ops.blocks import blocks, cdiv, describable, descriptor, has_tma, precision, processors
-from moefy.triton_ops.launch import jit
+from moefy.triton_ops.launch import jit, kernel
 from moefy.triton_ops.tiles import Schedule, count_tiles, locate, store
 
 
@@ -86,7 +86,7 @@ def hidden_grad(
     return parts
 
 
-@jit
+@kernel
 def _hidden_grad_kernel(
     grad, weights, order, w_down, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles, parts,
     expert_of_tile, experts, num_experts, depth, width, num_rows,
@@ -170,7 +170,7 @@ def _columns(
             hidden = act * u
         else:
             hidden, dact = activate_backward(u, ACT)
-        part = tl.sum(tl.where(mask, g * hidden, 0.0), 1)
+        part = tl.sum(g * hidden, 1)  # columns behind the last one have g = 0
         store(weighted, weighted_tiles, q * hidden, row, end, column, width, stride_weighted, STORE, M, N)
         g *= q
         if GLU:
@@ -202,7 +202,7 @@ def weights_grad(
     )  # fmt: skip
 
 
-@jit
+@kernel
 def _weights_grad_kernel(
     parts, order, grad, b_down, out,
     expert_of_tile, experts, num_experts, num_rows, num_parts, depth, stride_grad,

@@ -25,7 +25,7 @@ from moefy.triton_ops.blocks import (
     precision,
     processors,
 )
-from moefy.triton_ops.launch import jit
+from moefy.triton_ops.launch import jit, kernel
 from moefy.triton_ops.tiles import Schedule, count_tiles, locate, store
 
 
@@ -110,7 +110,7 @@ def _load_w(
     return tile
 
 
-@jit
+@kernel
 def _linear_kernel(
     a, a2, w, w2, bias, out, out_tiles,
     expert_of_tile, experts, num_experts, depth, width,

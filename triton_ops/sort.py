@@ -19,11 +19,11 @@ Few slots: one launch, in which every slot counts the keys below its own (N * N 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from moefy.triton_ops.launch import jit, on_device
+from moefy.triton_ops.blocks import cdiv, next_power_of_2
+from moefy.triton_ops.launch import jit, kernel, on_device
 
 MAX_EXPERTS = 4096
 # Up to here one launch that compares all pairs is used.
@@ -50,7 +50,7 @@ def sort_pairs(ids_N: Tensor, order_N: Tensor, offsets_E: Tensor, row_N: Tensor 
     """Fill the results with one launch; time grows with N * N."""
     slots, experts = ids_N.shape[0], offsets_E.shape[0]
     config = pairs_blocks(slots)
-    pairs_kernel[(triton.cdiv(slots + experts, config["BLOCK"]),)](
+    pairs_kernel[(cdiv(slots + experts, config["BLOCK"]),)](
         ids_N, order_N, offsets_E, row_N, slots, E=experts, **config
     )
 
@@ -60,11 +60,11 @@ def sort_tiles(ids_N: Tensor, order_N: Tensor, offsets_E: Tensor, row_N: Tensor 
     slots, experts = ids_N.shape[0], offsets_E.shape[0]
     config = tile_blocks(experts)
     block = config["BLOCK"]
-    tiles = max(1, triton.cdiv(slots, block))
+    tiles = max(1, cdiv(slots, block))
     upto_EC = torch.empty((experts, tiles), dtype=torch.int32, device=ids_N.device)
     base_FC = torch.empty((experts + 1, tiles), dtype=torch.int32, device=ids_N.device)
     count_kernel[(tiles,)](
-        ids_N, upto_EC, slots, tiles, E=experts, BLOCK_E=triton.next_power_of_2(experts), **config
+        ids_N, upto_EC, slots, tiles, E=experts, BLOCK_E=next_power_of_2(experts), **config
     )
     base_kernel[(experts + 1,)](
         upto_EC, base_FC, offsets_E, tiles, E=experts, BLOCK=block, **scan_blocks(tiles)
@@ -74,12 +74,12 @@ def sort_tiles(ids_N: Tensor, order_N: Tensor, offsets_E: Tensor, row_N: Tensor 
 
 def pairs_blocks(slots: int) -> dict[str, int]:
     """Blocks of ``pairs_kernel``; ``MAX_SLOTS`` in powers of two, so that few kernels are compiled."""
-    return {"MAX_SLOTS": max(128, triton.next_power_of_2(slots)), "BLOCK": 64, "OTHERS": 64, "num_warps": 4}
+    return {"MAX_SLOTS": max(128, next_power_of_2(slots)), "BLOCK": 64, "OTHERS": 64, "num_warps": 4}
 
 
 def tile_blocks(num_experts: int) -> dict[str, int]:
     """Blocks of ``count_kernel``: larger tiles for many experts keep the tables small."""
-    block = min(1024, max(256, triton.next_power_of_2(num_experts)))
+    block = min(1024, max(256, next_power_of_2(num_experts)))
     return {"BLOCK": block, "num_warps": 4 if block <= 512 else 8}
 
 
@@ -91,8 +91,8 @@ def place_blocks(num_experts: int) -> dict[str, int]:
 
 def scan_blocks(tiles: int) -> dict[str, int]:
     """Blocks of ``base_kernel``; the number of steps in powers of two."""
-    block_c = min(SCAN_BLOCK, max(32, triton.next_power_of_2(tiles)))
-    steps = triton.next_power_of_2(triton.cdiv(tiles, block_c))
+    block_c = min(SCAN_BLOCK, max(32, next_power_of_2(tiles)))
+    steps = next_power_of_2(cdiv(tiles, block_c))
     return {"BLOCK_C": block_c, "STEPS": steps, "num_warps": 4}
 
 
@@ -105,7 +105,7 @@ def _bins(ids_ptr, slot, N, E: tl.constexpr):
     return tl.where(slot < N, bins, E + 1)
 
 
-@jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def pairs_kernel(
     ids_ptr,
     order_ptr,
@@ -138,7 +138,7 @@ def pairs_kernel(
     tl.store(offsets_ptr + mine - N, below, mask=(mine >= N) & (mine < N + E))
 
 
-@jit(do_not_specialize=["N", "C"])
+@kernel(do_not_specialize=["N", "C"])
 def count_kernel(ids_ptr, upto_ptr, N, C, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):
     """One program: column c of ``upto`` [E, C]."""
     c = tl.program_id(0).to(tl.int64)
@@ -149,7 +149,7 @@ def count_kernel(ids_ptr, upto_ptr, N, C, E: tl.constexpr, BLOCK_E: tl.constexpr
     tl.store(upto_ptr + expert.to(tl.int64) * C + c, tl.cumsum(counts, axis=0), mask=expert < E)
 
 
-@jit(do_not_specialize=["C"])
+@kernel(do_not_specialize=["C"])
 def base_kernel(
     upto_ptr,
     base_ptr,
@@ -181,7 +181,7 @@ def base_kernel(
     tl.store(offsets_ptr + e, row, mask=e < E)
 
 
-@jit(do_not_specialize=["N", "C"])
+@kernel(do_not_specialize=["N", "C"])
 def place_kernel(
     ids_ptr,
     base_ptr,

@@ -16,11 +16,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from moefy.triton_ops.launch import jit
+from moefy.triton_ops.blocks import cdiv, next_power_of_2
+from moefy.triton_ops.launch import jit, kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +50,16 @@ def schedule(offsets_E: Tensor, rows: int, block_rows: int, order_N: Tensor | No
         order_N: [N] int64, the slot of each row.
     """
     num_experts = offsets_E.shape[0]
-    max_tiles = triton.cdiv(rows, block_rows) + num_experts + 1
-    padded = triton.next_power_of_2(num_experts + 1)
+    max_tiles = cdiv(rows, block_rows) + num_experts + 1
+    padded = next_power_of_2(num_experts + 1)
     per_program = max(1, min(256, 16384 // padded))
     tables = torch.empty(max_tiles + 4 * (num_experts + 1), dtype=torch.int32, device=offsets_E.device)
     experts, expert_of_tile = tables[: 4 * (num_experts + 1)], tables[4 * (num_experts + 1) :]
     row_of_slot_N = None
     if order_N is not None:
         row_of_slot_N = torch.empty(rows, dtype=torch.int32, device=offsets_E.device)
-    listing = triton.cdiv(max_tiles, per_program)
-    inverting = triton.cdiv(rows, 1024) if order_N is not None else 0
+    listing = cdiv(max_tiles, per_program)
+    inverting = cdiv(rows, 1024) if order_N is not None else 0
     _schedule_kernel[(listing + inverting,)](
         offsets_E, experts, expert_of_tile, order_N if order_N is not None else tables,
         row_of_slot_N if row_of_slot_N is not None else tables, rows, num_experts, max_tiles, listing,
@@ -76,7 +76,7 @@ def row_of_slot(order_N: Tensor) -> Tensor:
     return row_of_slot_N
 
 
-@jit
+@kernel
 def _schedule_kernel(
     offsets, experts, expert_of_tile, order, row_of_slot, rows, num_experts, max_tiles, listing,
     M: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,

@@ -16,11 +16,11 @@ breaks ties by itself: the score's bits, made to sort as integers, above ``BLOCK
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from moefy.triton_ops.launch import jit, on_device
+from moefy.triton_ops.blocks import cdiv, next_power_of_2
+from moefy.triton_ops.launch import jit, kernel, on_device
 
 MAX_EXPERTS = 4096
 MAX_TOP_K = 64
@@ -39,7 +39,7 @@ def supported(dtype: torch.dtype, num_experts: int, top_k: int) -> bool:
 
 def blocks(num_experts: int) -> dict[str, int]:
     """``BLOCK_T``, ``BLOCK_E`` and ``num_warps`` for E experts."""
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = next_power_of_2(num_experts)
     block_t = min(128, max(1, TILE // block_e))
     return {"BLOCK_T": block_t, "BLOCK_E": block_e, "num_warps": 4 if block_t * block_e <= 1024 else 8}
 
@@ -52,7 +52,7 @@ def top_k_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     if tokens:
         config = blocks(experts)
         with on_device(logits_TE):
-            top_k_kernel[(triton.cdiv(tokens, config["BLOCK_T"]),)](
+            top_k_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
                 logits_TE,
                 weights_TK,
                 index_TK,
@@ -60,7 +60,7 @@ def top_k_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
                 *logits_TE.stride(),
                 E=experts,
                 K=top_k,
-                BLOCK_K=triton.next_power_of_2(top_k),
+                BLOCK_K=next_power_of_2(top_k),
                 **config,
             )
     return weights_TK, index_TK
@@ -73,7 +73,7 @@ def top_k_softmax_backward(grad_TK: Tensor, weights_TK: Tensor, index_TK: Tensor
     if tokens:
         config = blocks(num_experts)
         with on_device(weights_TK):
-            top_k_backward_kernel[(triton.cdiv(tokens, config["BLOCK_T"]),)](
+            top_k_backward_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
                 grad_TK.contiguous(),
                 weights_TK.contiguous(),
                 index_TK.contiguous(),
@@ -99,7 +99,7 @@ def _score(sortable):
     return (sortable ^ ((sortable >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def top_k_kernel(
     logits_ptr,
     weights_ptr,
@@ -139,7 +139,7 @@ def top_k_kernel(
     tl.store(index_ptr + rows * K + choice, index, mask=inside)
 
 
-@jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def top_k_backward_kernel(
     grad_ptr,
     weights_ptr,

@@ -24,7 +24,7 @@ from moefy.triton_ops.blocks import (
     precision,
     processors,
 )
-from moefy.triton_ops.launch import jit
+from moefy.triton_ops.launch import jit, kernel
 from moefy.triton_ops.tiles import Schedule
 
 
@@ -79,7 +79,7 @@ def _gather(
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask, other=0.0)
 
 
-@jit
+@kernel
 def _weight_grad_kernel(
     g_tiles, x_tiles, g, x, order, out,
     experts, num_experts, height, width, stride_g, stride_x,
@@ -138,7 +138,7 @@ def bias_grad(
     )  # fmt: skip
 
 
-@jit
+@kernel
 def _bias_grad_kernel(
     g, weights, order, out, experts, width, stride,
     K: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,

@@ -1,4 +1,4 @@
-"""Every kernel in its default configurations becomes machine code for sm_80, sm_90 and sm_100, and spills nothing.
+"""Every kernel in its default configurations becomes machine code for sm_80, sm_90, sm_100 and gfx942, and spills nothing.
 
 A kernel joins by a row in ``KERNELS``. Contract: what a row holds comes from the launcher's own choice of blocks.
 """
@@ -9,9 +9,9 @@ import importlib
 
 import pytest
 import torch
-from cubin import SHARED_LIMIT, Kernel, Resources, faults, resources
+from cubin import ROOT, SHARED_LIMIT, Kernel, Resources, faults, resources
 
-from moefy.triton_ops import blocks, sort, top_k
+from moefy.triton_ops import blocks, launch, sort, top_k
 
 POINTER = {torch_name: f"*{name}" for torch_name, name in (("float32", "fp32"), ("bfloat16", "bf16"))}
 
@@ -120,7 +120,7 @@ def row_kernel(
     if not constants.get("STORE"):
         signature |= {n: f"*{name}" for n in signature if n.endswith("_tiles") and n in ("out_tiles", *OUTS)}
     aligned = tuple(n for n, kind in signature.items() if kind == "i32") if tma else ()
-    archs = (90, 100) if tma else (80, 90)
+    archs = (90, 100) if tma else (80, 90, 942)
     return Kernel(
         f"moefy.triton_ops.{module}:_{module}_kernel",
         signature,
@@ -156,7 +156,7 @@ def ffn_kernels(dtype: torch.dtype, rows: int, *, tma: bool) -> list[Kernel]:
     for glu, act in ((True, "silu"), (False, "gelu")):
         kernels.append(
             row_kernel("hidden_grad", "hidden_grad", dtype, outs, {"w_down": "1kn"}, ACT=act, GLU=glu, GATHER=True,
-                       stack=160 if tma else 0, **common)
+                       stack=64 if tma else 0, **common)
         )  # fmt: skip
     for gathered in (False, True):
         tiles = {"x_tiles": "kn"} if gathered else {"g_tiles": "km", "x_tiles": "kn"}
@@ -167,7 +167,35 @@ def ffn_kernels(dtype: torch.dtype, rows: int, *, tma: bool) -> list[Kernel]:
     return kernels
 
 
+def row_movers(dtype: torch.dtype) -> list[Kernel]:
+    """The kernels that move and sum rows, and the schedule."""
+    name = f"*{DTYPES[dtype]}"
+    wide = {"BLOCK": 2048, "K": 8}
+    tables = {**TABLES, "num_experts": "i32"}
+    experts = {"experts": "*i32"}
+    schedule = {"offsets": "*i32", **tables, "order": "*i64", "row_of_slot": "*i32", "rows": "i32",
+                "max_tiles": "i32", "listing": "i32"}  # fmt: skip
+    parts = {"parts": "*fp32", "order": "*i64", "grad": name, "b_down": name, "out": "*fp32", **tables,
+             "num_rows": "i32", "num_parts": "i32", "depth": "i32", "stride_grad": "i32"}  # fmt: skip
+    bias = {"g": name, "weights": "*fp32", "order": "*i64", "out": name, **experts, "width": "i32", "stride": "i32"}
+    total = {"y": name, "weights": "*fp32", "row_of_slot": "*i32", "out": name, "width": "i32",
+             "stride_y": "i32", "stride_out": "i32"}  # fmt: skip
+    spread = {"x": name, "row_of_slot": "*i32", "rows": name, "width": "i32", "stride_x": "i32"}
+    return [
+        Kernel("moefy.triton_ops.tiles:_schedule_kernel", schedule,
+               {"M": 128, "PADDED": 128, "TILES": 128, "BLOCK": 1024}, {"num_warps": 4}),
+        Kernel("moefy.triton_ops.hidden_grad:_weights_grad_kernel", parts,
+               {"K": 8, "BIAS": True, "M": 128, "STEP": 64}, {"num_warps": 4}),
+        Kernel("moefy.triton_ops.weight_grad:_bias_grad_kernel", bias,
+               {"K": 8, "GATHER": True, "WEIGHTED": True, "N": 64, "STEP": 64}, {"num_warps": 4}),
+        Kernel("moefy.triton_ops.gather_sum:_gather_sum_kernel", total, {**wide, "WEIGHTED": True}, {"num_warps": 8}),
+        Kernel("moefy.triton_ops.gather_sum:_spread_kernel", spread, wide, {"num_warps": 8}),
+    ]  # fmt: skip
+
+
 KERNELS: dict[str, list[Kernel]] = {
+    "rows in bf16": row_movers(HALF),
+    "rows in fp32": row_movers(FULL),
     "expert FFN in bf16": ffn_kernels(HALF, 262144, tma=True),
     "expert FFN in bf16, few rows": ffn_kernels(HALF, 128, tma=True),
     "expert FFN in fp32": ffn_kernels(FULL, 262144, tma=True),
@@ -202,3 +230,15 @@ def test_a_spill_and_too_much_shared_memory_are_faults():
     assert len(faults(kernel, Resources(registers=255, stack=0, local=8, shared=1024), 80)) == 1
     assert len(faults(kernel, Resources(registers=255, stack=8, local=0, shared=200 * 1024), 80)) == 2
     assert len(faults(kernel, Resources(registers=255, stack=0, local=0, shared=200 * 1024), 90)) == 0
+
+
+def test_every_kernel_of_the_package_has_a_row():
+    """A kernel that joins the package joins this list."""
+    modules = [path.stem for path in (ROOT / "triton_ops").glob("*.py") if path.stem not in ("__init__", "launch")]
+    found = {
+        f"moefy.triton_ops.{module}:{name}"
+        for module in modules
+        for name, value in vars(importlib.import_module(f"moefy.triton_ops.{module}")).items()
+        if isinstance(value, launch.Kernel) and value.__module__ == f"moefy.triton_ops.{module}"
+    }
+    assert found == {kernel.name for several in KERNELS.values() for kernel in several}
