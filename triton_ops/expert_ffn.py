@@ -25,6 +25,8 @@ from moefy.triton_ops.weight_grad import bias_grad, weight_grad
 # lie apart is slower by a part of itself, a copy costs the same whatever the width (H100, bf16: H=1024 2.11 ms against
 # 1.74 + 0.74, H=3072 0.295 against 0.237 + 0.04). The rows of x are always copied: H=1024 4.80 ms against 2.96 + 0.74.
 COPY_GRADIENT_FROM = 2048
+# The rows of x are copied in blocks of columns of at most this many bytes, so that the peak of memory is elsewhere.
+MAX_COPY = 512 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,19 +162,36 @@ def backward(
     del weighted_NH, parts
     if grads.b_down is not None:
         bias_grad(grad_TD, experts.weights_TK, order_N, top_k, at, grads.b_down, gather=True)
-    entries = (grads.w_gate, grads.w_up)
-    x_ND = spread(x_TD, tiles.row_of_slot_N, top_k) if any(weight is not None for weight in entries) else x_TD
-    for weight, bias, d in ((grads.w_gate, grads.b_gate, dgate_NH), (grads.w_up, grads.b_up, dall)):
-        if weight is not None and d is not None:
-            weight_grad(d, x_ND, order_N, top_k, at, weight)
+    if grads.x_TD is not None:
+        _tokens_grad(experts, dgate_NH, dup_NH, dall, tiles, grads.x_TD)
+    entries = ((grads.w_gate, grads.b_gate, dgate_NH), (grads.w_up, grads.b_up, dall))
+    wanted = [(weight, d) for weight, _, d in entries if weight is not None and d is not None]
+    for first, end in _column_blocks(rows, x_TD) if wanted else ():
+        x_NC = spread(x_TD[:, first:end], tiles.row_of_slot_N, top_k)
+        for weight, d in wanted:
+            weight_grad(d, x_NC, order_N, top_k, at, weight[:, :, first:end])
+        del x_NC
+    for _, bias, d in entries:
         if bias is not None and d is not None:
             bias_grad(d, None, order_N, top_k, at, bias)
-    del x_ND
-    if grads.x_TD is not None:
-        dx_ND = torch.empty((rows, x_TD.shape[1]), dtype=x_TD.dtype, device=x_TD.device)
-        if experts.w_merged is not None:
-            linear(dall, experts.w_merged, None, tiles.of("linear"), dx_ND, transposed=True)
-        else:
-            second = None if dgate_NH is None or experts.w_gate is None else (dgate_NH, experts.w_gate)
-            linear(dup_NH, experts.w_up, None, tiles.of("linear"), dx_ND, transposed=True, second=second)
-        gather_sum(dx_ND, None, tiles.row_of_slot_N, top_k, grads.x_TD)
+
+
+def _tokens_grad(
+    experts: Experts, dgate_NH: Tensor | None, dup_NH: Tensor, dall: Tensor, tiles: Schedules, dx_TD: Tensor
+) -> None:
+    """Fill the tokens' gradient: every row's through the entries, summed over each token's rows."""
+    dx_ND = torch.empty((dup_NH.shape[0], dx_TD.shape[1]), dtype=dx_TD.dtype, device=dx_TD.device)
+    at = tiles.of("linear")
+    if experts.w_merged is not None:
+        linear(dall, experts.w_merged, None, at, dx_ND, transposed=True)
+    else:
+        second = None if dgate_NH is None or experts.w_gate is None else (dgate_NH, experts.w_gate)
+        linear(dup_NH, experts.w_up, None, at, dx_ND, transposed=True, second=second)
+    gather_sum(dx_ND, None, tiles.row_of_slot_N, experts.top_k, dx_TD)
+
+
+def _column_blocks(rows: int, x_TD: Tensor) -> list[tuple[int, int]]:
+    """The columns of x in blocks whose copies take at most ``MAX_COPY`` bytes each, in multiples of a tile."""
+    width = x_TD.shape[1]
+    block = max(512, MAX_COPY // (max(rows, 1) * x_TD.element_size()) // 256 * 256)
+    return [(first, min(first + block, width)) for first in range(0, width, block)]

@@ -40,7 +40,7 @@ def weight_grad(
         order_N: [N] int64, the slot of each row.
         top_k: K.
         schedule: where each expert's rows lie; any tile size.
-        out_EOI: the result, contiguous.
+        out_EOI: the result: contiguous, or a block of columns of such a tensor.
         gather_g: whether row r of ``g`` is that of token ``order[r] // K``.
         gather_x: the same for ``x``.
     """
@@ -55,7 +55,7 @@ def weight_grad(
     _weight_grad_kernel[(min(tiles, block.per_processor * processors(g.device)),)](
         descriptor(g, block.k, block.m) if g_tma else g, descriptor(x, block.k, block.n) if x_tma else x,
         g, x, order_N, out_EOI,
-        schedule.experts, experts, height, width, g.stride(0), x.stride(0),
+        schedule.experts, experts, height, width, g.stride(0), x.stride(0), out_EOI.stride(1),
         K=top_k, GATHER_G=gather_g, GATHER_X=gather_x, G_TMA=g_tma, X_TMA=x_tma, PRECISION=precision(g.dtype),
         M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten,
         **block.options,
@@ -82,7 +82,7 @@ def _gather(
 @kernel
 def _weight_grad_kernel(
     g_tiles, x_tiles, g, x, order, out,
-    experts, num_experts, height, width, stride_g, stride_x,
+    experts, num_experts, height, width, stride_g, stride_x, stride_out,
     K: tl.constexpr, GATHER_G: tl.constexpr, GATHER_X: tl.constexpr, G_TMA: tl.constexpr, X_TMA: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -119,7 +119,7 @@ def _weight_grad_kernel(
             right = _gather(x, order, whole, end, ns, width, stride_x, K, GATHER_X, True, STEP)
             total = tl.dot(left.T, right, total, input_precision=PRECISION)
         value = total.to(out.dtype.element_ty)
-        at = out + (ms + expert * height).to(tl.int64)[:, None] * width + ns[None, :]
+        at = out + (ms + expert * height).to(tl.int64)[:, None] * stride_out + ns[None, :]
         tl.store(at, value, (ms < height)[:, None] & (ns < width)[None, :])
 
 

@@ -28,8 +28,8 @@ def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out_TD, nothing[0] if gate_rows is None else gate_rows, nothing[1] if up_rows is None else up_rows
 
 
-def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """``expert_ffn_backward`` by Triton kernels."""
+def ffn_backward_cuda(grad_TD: Tensor, *args: Any, in_place: bool = False) -> tuple[Tensor, ...]:
+    """``expert_ffn_backward`` by Triton kernels; ``in_place`` writes over ``gate_rows`` and ``up_rows``."""
     *tensors, gate_rows, up_rows, activation, glu, mask = args
     layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
     from moefy.triton_ops import expert_ffn as kernels
@@ -39,7 +39,7 @@ def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
         gate_rows, up_rows = _entry_buffers(layer)
         kernels.hidden(x_TD, experts, *_gate_and_up(layer, gate_rows, up_rows))
     gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    dgate_rows, dup_rows = _entry_buffers(layer)
+    dgate_rows, dup_rows = (gate_rows, up_rows) if in_place else _entry_buffers(layer)
     dgate_NH, dup_NH = _gate_and_up(layer, dgate_rows, dup_rows)
     assert up_NH is not None and dup_NH is not None
     values = (layer.x_TD, layer.weights_TK, *layer[4:10])

@@ -15,6 +15,7 @@ Contract: token t gets ``sum_k w[t, k] * down_e(act(up_e(x[t])))`` with e its k-
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -72,10 +73,21 @@ def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     mask = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     if grad_TD is not None:
-        results = _backward_op(grad_TD, *ctx.saved_tensors, ctx.activation, ctx.glu, mask)
+        op = _backward_in_place_op if _rows_are_done_with(grad_TD) else _backward_op
+        results = op(grad_TD, *ctx.saved_tensors, ctx.activation, ctx.glu, mask)
         for i, wanted, result in zip(_DIFFERENTIABLE, mask, results, strict=True):
             grads[i] = result if wanted else None
     return tuple(grads)
+
+
+def _rows_are_done_with(grad_TD: Tensor) -> bool:
+    """Whether nothing reads the saved pre-activations after this backward: a plain, last one, outside of any trace.
+
+    Nobody but autograd holds them, so their gradients may then take their place. On a GPU they are the largest tensors
+    of the layer: with OLMoE's shapes the peak falls from 4.0 to 2.5 GiB.
+    """
+    plain = type(grad_TD) is Tensor and grad_TD.is_cuda and torch._C._len_torch_dispatch_stack() == 0
+    return plain and not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -147,6 +159,15 @@ _backward_op = register(
     kernel=ffn_backward_kernel,
     fake=_backward_fake,
     cuda=by_triton(ffn_backward_cuda, ffn_backward_kernel),
+)
+# The same, but the gradients of the pre-activations may be written over them. Without a formula of its own: it runs in
+# backwards that keep no graph.
+_backward_in_place_op = register(
+    f"expert_ffn_backward_(Tensor grad, {_ARGS}, Tensor(a!) gate_rows, Tensor(b!) up_rows, str activation, str glu, "
+    f"bool[8] mask) -> ({', '.join(['Tensor'] * 8)})",
+    kernel=ffn_backward_kernel,
+    fake=_backward_fake,
+    cuda=by_triton(functools.partial(ffn_backward_cuda, in_place=True), ffn_backward_kernel),
 )
 differentiable(_op, setup=_setup, backward=_backward)
 differentiable(_backward_op, setup=_setup_backward, backward=_double_backward)

@@ -69,3 +69,42 @@ def test_routing_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert x_TD.grad is not None and logits_TE.grad is not None
+
+
+@pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_last"])
+def test_a_retained_graph_can_be_walked_again(glu):
+    """A last backward writes over the saved pre-activations; one that keeps the graph must not."""
+    args = on_cuda(next(a for a in SAMPLES["expert_ffn"](torch.bfloat16) if a[-2] == glu and a[0].numel()))
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    out_TD = torch.ops.moefy.expert_ffn(*args[:-1], True)[0]
+    kept = torch.autograd.grad(out_TD.sum(), inputs, retain_graph=True)
+    for again in (torch.autograd.grad(out_TD.sum(), inputs, retain_graph=True),
+                  torch.autograd.grad(out_TD.sum(), inputs)):  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements():
+    """Rows times hidden width beyond int32: the last tokens come out as they do alone, forward and backward."""
+    from moefy import ops
+
+    tokens_, width, hidden, experts, top_k, last = 300_000, 64, 2048, 4, 4, 1000
+    assert tokens_ * top_k * hidden > 2**31
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    torch.manual_seed(0)
+    x_TD = torch.randn(tokens_, width, **like)
+    logits_TE = torch.randn(tokens_, experts, device="cuda")
+    w_up = torch.randn(experts, hidden, width, **like) / 8
+    w_down = torch.randn(experts, width, hidden, **like) / 45
+    results_ = []
+    for part in (slice(None), slice(-last, None)):
+        x = x_TD[part].detach().requires_grad_()
+        weights_TK, index_TK = ops.top_k_softmax(logits_TE[part], top_k)
+        order_N, offsets_E = ops.sort_by_expert(index_TK, experts)
+        y = ops.expert_ffn(
+            x, weights_TK, order_N, offsets_E, w_up, None, w_down, None, activation="gelu_tanh"
+        )
+        y[-last:].float().square().sum().backward()
+        results_.append((y[-last:].detach().float(), x.grad[-last:].float()))
+    for whole, alone in zip(*results_, strict=True):
+        assert (whole - alone).norm() <= 1e-2 * alone.norm()

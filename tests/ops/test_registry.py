@@ -24,7 +24,7 @@ def test_every_op_has_its_kernels(name):
     assert not missing
 
 
-@pytest.mark.parametrize("name", sorted(set(SAMPLES) - {"sort_by_expert"}))
+@pytest.mark.parametrize("name", sorted(set(SAMPLES) - {"sort_by_expert", "expert_ffn_backward_"}))
 def test_every_op_of_floats_has_its_own_autograd_formula(name):
     for args in SAMPLES[name](torch.float64):
         for result in tensors(getattr(torch.ops.moefy, name)(*args))[:1]:
