@@ -9,6 +9,7 @@ waits for. Saved between them are the arguments and the pre-activations alone.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -82,9 +83,9 @@ def forward(x_TD: Tensor, experts: Experts, gate_NH: Tensor | None, up_NH: Tenso
     rows = experts.order_N.shape[0]
     tiles = Schedules(experts.offsets_E, rows, x_TD.dtype, experts.order_N)
     hidden_NH = hidden(x_TD, experts, gate_NH, up_NH, tiles)
-    y_ND = torch.empty((rows, experts.w_down.shape[1]), dtype=x_TD.dtype, device=x_TD.device)
+    y_ND = _empty(x_TD, rows, experts.w_down.shape[1])
     linear(hidden_NH, experts.w_down, experts.b_down, tiles.of("linear"), y_ND)
-    out_TD = torch.empty((x_TD.shape[0], y_ND.shape[1]), dtype=x_TD.dtype, device=x_TD.device)
+    out_TD = _empty(x_TD, x_TD.shape[0], y_ND.shape[1])
     gather_sum(y_ND, experts.weights_TK, tiles.row_of_slot_N, experts.top_k, out_TD)
     return out_TD
 
@@ -100,7 +101,7 @@ def hidden(
     rows = experts.order_N.shape[0]
     tiles = tiles or Schedules(experts.offsets_E, rows, x_TD.dtype, experts.order_N)
     at = tiles.of("glu_entry" if experts.w_gate is not None else "entry")
-    hidden_NH = torch.empty((rows, experts.w_up.shape[1]), dtype=x_TD.dtype, device=x_TD.device)
+    hidden_NH = _empty(x_TD, rows, experts.w_up.shape[1])
     entry(
         x_TD, experts.order_N, experts.top_k, at, tiles.row_of_slot_N,
         experts.w_gate, experts.b_gate, experts.w_up, experts.b_up, gate_NH, up_NH, hidden_NH, experts.activation,
@@ -108,18 +109,8 @@ def hidden(
     return hidden_NH
 
 
-@dataclasses.dataclass(kw_only=True)
-class Gradients:
-    """Where the gradients go; None for those that nobody asked for. ``w_up`` is [E, 2H, D] when merged."""
-
-    x_TD: Tensor | None
-    weights_TK: Tensor | None
-    w_gate: Tensor | None
-    b_gate: Tensor | None
-    w_up: Tensor | None
-    b_up: Tensor | None
-    w_down: Tensor | None
-    b_down: Tensor | None
+Wanted = Mapping[str, bool]
+"""Which gradients are asked for: x, weights (the routing's), w_gate, b_gate, w_up, b_up, w_down, b_down."""
 
 
 def backward(
@@ -129,9 +120,9 @@ def backward(
     gate_NH: Tensor | None,
     up_NH: Tensor,
     dentry: tuple[Tensor | None, Tensor, Tensor],
-    grads: Gradients,
-) -> None:
-    """Fill ``grads``.
+    wanted: Wanted,
+) -> dict[str, Tensor]:
+    """The gradients that are ``wanted``, each allocated when its turn comes: only so few are alive at the peak.
 
     Args:
         grad_TD: the output's gradient.
@@ -140,54 +131,99 @@ def backward(
         gate_NH: the gate's pre-activation or None.
         up_NH: the other pre-activation.
         dentry: where the pre-activations' gradients go: ``(dgate, dup, all)``; ``all`` is what the gradient of ``w_up``
-            multiplies: ``dup``, or both side by side in the order of a merged weight.
-        grads: where the results go.
+            multiplies: ``dup``, or both side by side in the order of a merged weight. They may be the pre-activations.
+        wanted: which.
     """
-    rows = experts.order_N.shape[0]
-    order_N, top_k = experts.order_N, experts.top_k
-    tiles = Schedules(experts.offsets_E, rows, x_TD.dtype, order_N)
+    tiles = Schedules(experts.offsets_E, experts.order_N.shape[0], x_TD.dtype, experts.order_N)
     dgate_NH, dup_NH, dall = dentry
-    weighted_NH = torch.empty(up_NH.shape, dtype=up_NH.dtype, device=up_NH.device)
-    at = tiles.of("hidden_grad")
+    grads = _exit_backward(grad_TD, experts, gate_NH, up_NH, dgate_NH, dup_NH, tiles, wanted)
+    if wanted["x"]:
+        grads["x"] = _tokens_grad(x_TD, experts, dgate_NH, dup_NH, dall, tiles)
+    entries = {"gate": dgate_NH if experts.w_merged is None else None, "up": dall}
+    return grads | _entry_weight_grads(x_TD, experts, entries, tiles, wanted)
+
+
+def _exit_backward(
+    grad_TD: Tensor,
+    experts: Experts,
+    gate_NH: Tensor | None,
+    up_NH: Tensor,
+    dgate_NH: Tensor | None,
+    dup_NH: Tensor,
+    tiles: Schedules,
+    wanted: Wanted,
+) -> dict[str, Tensor]:
+    """Fill the pre-activations' gradients; the gradients of the exit and of the routing weights."""
+    order_N, top_k, at = experts.order_N, experts.top_k, tiles.of("hidden_grad")
+    grads: dict[str, Tensor] = {}
+    weighted_NH = _empty(up_NH, *up_NH.shape)
     parts = hidden_grad(
         grad_TD, experts.weights_TK, order_N, at, experts.w_down, gate_NH, up_NH, dgate_NH, dup_NH, weighted_NH,
         experts.activation,
     )  # fmt: skip
-    if grads.weights_TK is not None:
-        weights_grad(parts, order_N, grad_TD, experts.b_down, at, grads.weights_TK)
-    if grads.w_down is not None and weighted_NH.shape[1] < COPY_GRADIENT_FROM:
-        weight_grad(grad_TD, weighted_NH, order_N, top_k, at, grads.w_down, gather_g=True)
-    elif grads.w_down is not None:
-        weight_grad(spread(grad_TD, tiles.row_of_slot_N, top_k), weighted_NH, order_N, top_k, at, grads.w_down)
-    del weighted_NH, parts
-    if grads.b_down is not None:
-        bias_grad(grad_TD, experts.weights_TK, order_N, top_k, at, grads.b_down, gather=True)
-    if grads.x_TD is not None:
-        _tokens_grad(experts, dgate_NH, dup_NH, dall, tiles, grads.x_TD)
-    entries = ((grads.w_gate, grads.b_gate, dgate_NH), (grads.w_up, grads.b_up, dall))
-    wanted = [(weight, d) for weight, _, d in entries if weight is not None and d is not None]
-    for first, end in _column_blocks(rows, x_TD) if wanted else ():
+    if wanted["weights"]:
+        grads["weights"] = _empty(experts.weights_TK, *experts.weights_TK.shape)
+        weights_grad(parts, order_N, grad_TD, experts.b_down, at, grads["weights"])
+    if wanted["w_down"]:
+        gathered = weighted_NH.shape[1] < COPY_GRADIENT_FROM
+        rows = grad_TD if gathered else spread(grad_TD, tiles.row_of_slot_N, top_k)
+        grads["w_down"] = _empty(experts.w_down, *experts.w_down.shape)
+        weight_grad(rows, weighted_NH, order_N, top_k, at, grads["w_down"], gather_g=gathered)
+    if wanted["b_down"] and experts.b_down is not None:
+        grads["b_down"] = _empty(experts.b_down, *experts.b_down.shape)
+        bias_grad(grad_TD, experts.weights_TK, order_N, top_k, at, grads["b_down"], gather=True)
+    return grads
+
+
+def _entry_weight_grads(
+    x_TD: Tensor, experts: Experts, entries: Mapping[str, Tensor | None], tiles: Schedules, wanted: Wanted
+) -> dict[str, Tensor]:
+    """The gradients of the entries' matrices and biases from those of the pre-activations, by entry."""
+    order_N, top_k, at = experts.order_N, experts.top_k, tiles.of("hidden_grad")
+    shape = (experts.offsets_E.shape[0], x_TD.shape[1])
+    present = {name: d for name, d in entries.items() if d is not None}
+    grads = {
+        f"w_{name}": _empty(d, shape[0], d.shape[1], shape[1])
+        for name, d in present.items()
+        if wanted[f"w_{name}"]
+    }
+    for first, end in _column_blocks(order_N.shape[0], x_TD) if grads else ():
         x_NC = spread(x_TD[:, first:end], tiles.row_of_slot_N, top_k)
-        for weight, d in wanted:
-            weight_grad(d, x_NC, order_N, top_k, at, weight[:, :, first:end])
+        for name, d in present.items():
+            if f"w_{name}" in grads:
+                weight_grad(d, x_NC, order_N, top_k, at, grads[f"w_{name}"][:, :, first:end])
         del x_NC
-    for _, bias, d in entries:
-        if bias is not None and d is not None:
-            bias_grad(d, None, order_N, top_k, at, bias)
+    for name, d in present.items():
+        if wanted[f"b_{name}"]:
+            grads[f"b_{name}"] = _empty(d, shape[0], d.shape[1])
+            bias_grad(d, None, order_N, top_k, at, grads[f"b_{name}"])
+    return grads
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Room for a contiguous tensor of that shape, of the dtype and device of ``like``."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _tokens_grad(
-    experts: Experts, dgate_NH: Tensor | None, dup_NH: Tensor, dall: Tensor, tiles: Schedules, dx_TD: Tensor
-) -> None:
-    """Fill the tokens' gradient: every row's through the entries, summed over each token's rows."""
-    dx_ND = torch.empty((dup_NH.shape[0], dx_TD.shape[1]), dtype=dx_TD.dtype, device=dx_TD.device)
+    x_TD: Tensor,
+    experts: Experts,
+    dgate_NH: Tensor | None,
+    dup_NH: Tensor,
+    dall: Tensor,
+    tiles: Schedules,
+) -> Tensor:
+    """The tokens' gradient: every row's through the entries, summed over each token's rows."""
+    dx_ND = _empty(x_TD, dup_NH.shape[0], x_TD.shape[1])
     at = tiles.of("linear")
     if experts.w_merged is not None:
         linear(dall, experts.w_merged, None, at, dx_ND, transposed=True)
     else:
         second = None if dgate_NH is None or experts.w_gate is None else (dgate_NH, experts.w_gate)
         linear(dup_NH, experts.w_up, None, at, dx_ND, transposed=True, second=second)
+    dx_TD = _empty(x_TD, *x_TD.shape)
     gather_sum(dx_ND, None, tiles.row_of_slot_N, experts.top_k, dx_TD)
+    return dx_TD
 
 
 def _column_blocks(rows: int, x_TD: Tensor) -> list[tuple[int, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moefy.ops.cuda_rows import rows_contiguous
@@ -17,7 +16,7 @@ from moefy.ops.expert_kernels import Layer, Wanted, halves
 
 def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``expert_ffn`` by Triton kernels."""
-    *layer_args, save = args
+    *layer_args, save, _ = args
     layer = Layer._make(layer_args)
     from moefy.triton_ops import expert_ffn as kernels
 
@@ -42,19 +41,11 @@ def ffn_backward_cuda(grad_TD: Tensor, *args: Any, in_place: bool = False) -> tu
     dgate_rows, dup_rows = (gate_rows, up_rows) if in_place else _entry_buffers(layer)
     dgate_NH, dup_NH = _gate_and_up(layer, dgate_rows, dup_rows)
     assert up_NH is not None and dup_NH is not None
-    values = (layer.x_TD, layer.weights_TK, *layer[4:10])
-    grads = [
-        torch.empty(v.shape, dtype=v.dtype, device=v.device) if wanted and v is not None else None
-        for v, wanted in zip(values, want, strict=True)
-    ]
-    kernels.backward(
-        rows_contiguous(grad_TD), x_TD, experts, gate_NH, up_NH, (dgate_NH, dup_NH, dup_rows),
-        kernels.Gradients(**dict(zip(_GRADIENTS, grads, strict=True))),
-    )  # fmt: skip
-    return tuple(grad_TD.new_empty(0) if g is None else g for g in grads)
-
-
-_GRADIENTS = ("x_TD", "weights_TK", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down")
+    grads = kernels.backward(
+        rows_contiguous(grad_TD), x_TD, experts, gate_NH, up_NH, (dgate_NH, dup_NH, dup_rows), want._asdict()
+    )
+    results = (grads.get(name) for name in Wanted._fields)
+    return tuple(grad_TD.new_empty(0) if grad is None else grad for grad in results)
 
 
 def _entry_buffers(layer: Layer) -> tuple[Tensor | None, Tensor]:

@@ -69,7 +69,7 @@ def halves(merged_NP: Tensor, glu: str) -> tuple[Tensor, Tensor]:
 
 def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, pre-activations of a separate gate, of the other entry)``; what is not saved is empty."""
-    *layer_args, save = args
+    *layer_args, save, _ = args
     layer = Layer._make(layer_args)
     bounds = layer.bounds("expert_ffn")
     rows_ND = layer.x_TD.index_select(0, layer.token_N("expert_ffn"))

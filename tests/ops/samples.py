@@ -117,8 +117,8 @@ def ffn_forms() -> list[tuple[int, str, bool, str]]:
 
 
 def expert_ffn(dtype: torch.dtype) -> list[Args]:
-    found = [(*ffn_arguments(t, glu, b, dtype), act, glu, True) for t, glu, b, act in ffn_forms()]
-    return [*found, (*ffn_arguments(5, "separate", True, dtype), "gelu", "separate", False)]
+    found = [(*ffn_arguments(t, glu, b, dtype), act, glu, True, False) for t, glu, b, act in ffn_forms()]
+    return [*found, (*ffn_arguments(5, "separate", True, dtype), "gelu", "separate", False, False)]
 
 
 def expert_ffn_backward(dtype: torch.dtype) -> list[Args]:

@@ -74,9 +74,9 @@ def test_routing_does_not_wait_for_the_device():
 @pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_last"])
 def test_a_retained_graph_can_be_walked_again(glu):
     """A last backward writes over the saved pre-activations; one that keeps the graph must not."""
-    args = on_cuda(next(a for a in SAMPLES["expert_ffn"](torch.bfloat16) if a[-2] == glu and a[0].numel()))
+    args = on_cuda(next(a for a in SAMPLES["expert_ffn"](torch.bfloat16) if a[-3] == glu and a[0].numel()))
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-    out_TD = torch.ops.moefy.expert_ffn(*args[:-1], True)[0]
+    out_TD = torch.ops.moefy.expert_ffn(*args[:-2], True, True)[0]
     kept = torch.autograd.grad(out_TD.sum(), inputs, retain_graph=True)
     for again in (torch.autograd.grad(out_TD.sum(), inputs, retain_graph=True),
                   torch.autograd.grad(out_TD.sum(), inputs)):  # fmt: skip

@@ -12,7 +12,8 @@ from ops.samples import SAMPLES, cases, without_tokens
 CASES = [
     (name, i)
     for name, i in cases(torch.float64)
-    if name not in ("sort_by_expert", "expert_ffn_backward_") and not without_tokens(SAMPLES[name](torch.float64)[i])
+    if name not in ("sort_by_expert", "expert_ffn_backward_")
+    and not without_tokens(SAMPLES[name](torch.float64)[i])
 ]
 
 

@@ -1,4 +1,4 @@
-"""Every kernel in its default configurations becomes machine code for sm_80, sm_90, sm_100 and gfx942, and spills nothing.
+"""Every kernel in its default configurations becomes machine code for four architectures, and spills nothing.
 
 A kernel joins by a row in ``KERNELS``. Contract: what a row holds comes from the launcher's own choice of blocks.
 """
@@ -177,7 +177,15 @@ def row_movers(dtype: torch.dtype) -> list[Kernel]:
                 "max_tiles": "i32", "listing": "i32"}  # fmt: skip
     parts = {"parts": "*fp32", "order": "*i64", "grad": name, "b_down": name, "out": "*fp32", **tables,
              "num_rows": "i32", "num_parts": "i32", "depth": "i32", "stride_grad": "i32"}  # fmt: skip
-    bias = {"g": name, "weights": "*fp32", "order": "*i64", "out": name, **experts, "width": "i32", "stride": "i32"}
+    bias = {
+        "g": name,
+        "weights": "*fp32",
+        "order": "*i64",
+        "out": name,
+        **experts,
+        "width": "i32",
+        "stride": "i32",
+    }
     total = {"y": name, "weights": "*fp32", "row_of_slot": "*i32", "out": name, "width": "i32",
              "stride_y": "i32", "stride_out": "i32"}  # fmt: skip
     spread = {"x": name, "row_of_slot": "*i32", "rows": name, "width": "i32", "stride_x": "i32"}
@@ -234,7 +242,9 @@ def test_a_spill_and_too_much_shared_memory_are_faults():
 
 def test_every_kernel_of_the_package_has_a_row():
     """A kernel that joins the package joins this list."""
-    modules = [path.stem for path in (ROOT / "triton_ops").glob("*.py") if path.stem not in ("__init__", "launch")]
+    modules = [
+        path.stem for path in (ROOT / "triton_ops").glob("*.py") if path.stem not in ("__init__", "launch")
+    ]
     found = {
         f"moefy.triton_ops.{module}:{name}"
         for module in modules

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moefy.triton_ops import activations, blocks, expert_ffn
 from moefy.triton_ops.entry import entry
-from moefy.triton_ops.expert_ffn import Experts, Gradients
+from moefy.triton_ops.expert_ffn import Experts
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -48,6 +48,7 @@ class Case:
     without: str = ""
     activation: str = "silu"
     routing: str = "random"
+    in_place: bool = False
     dtype: torch.dtype = torch.float32
 
 
@@ -110,20 +111,16 @@ class Layer:
             )
         has_gate = case.glu != "none"
         out = expert_ffn.forward(self.x, experts, gate if has_gate else None, up)
-        into = {"x_TD": self.x, "weights_TK": self.weights, **w}
+        wanted = {"x": True, "weights": True, **{name: v is not None for name, v in w.items()}}
         if self.w_merged is not None:
-            into |= {"w_gate": None, "b_gate": None, "w_up": self.w_merged}
-            into["b_up"] = torch.empty((case.E, 2 * case.H)).to(self.x) if case.bias else None
-        grads = Gradients(
-            **{
-                n: None if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
-                for n, v in into.items()
-            }
-        )
+            wanted |= {"w_gate": False, "b_gate": False}
         dall = dboth if case.glu.startswith("merged") else halves[1]
         dentry = (halves[0] if has_gate else None, halves[1], dall)
-        expert_ffn.backward(self.grad, self.x, experts, gate if has_gate else None, up, dentry, grads)
-        found = {"out": out, **{n: v for n, v in vars(grads).items() if v is not None}}
+        if case.in_place:
+            dentry = (gate if has_gate else None, up, both if case.glu.startswith("merged") else up)
+        pre = (gate if has_gate else None, up)
+        found = {"out": out, **expert_ffn.backward(self.grad, self.x, experts, *pre, dentry, wanted)}
+        found["x_TD"], found["weights_TK"] = found.pop("x"), found.pop("weights")
         if self.w_merged is not None:
             for name in ("w", "b"):
                 whole = found.pop(f"{name}_up", None)
@@ -230,6 +227,19 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_sizes(name, device, guard_bands):
     check(ODD[name], device, guard_bands)
+
+
+@pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first", "merged_gate_last"])
+def test_gradients_may_take_the_place_of_the_pre_activations(glu, device, guard_bands):
+    check(Case(glu=glu, in_place=True), device, guard_bands)
+
+
+@pytest.mark.parametrize("glu", ["separate", "merged_gate_last"])
+def test_x_is_copied_in_blocks_of_columns(glu, device, guard_bands, monkeypatch):
+    monkeypatch.setattr(expert_ffn, "MAX_COPY", 1)
+    case = Case(T=9, D=1032, glu=glu)
+    assert len(expert_ffn._column_blocks(18, torch.empty(9, case.D))) == 3
+    check(case, device, guard_bands)
 
 
 @pytest.mark.parametrize(
