@@ -7,14 +7,16 @@ rank draws the same matrix and the global random state is untouched. The maths i
     >>> router(torch.randn(2, 5, 16)).top_k_index.shape
     torch.Size([10, 2])
 
-A forward has three steps: ``logits`` scores the tokens, ``choose`` picks experts, and the slots are sorted. A router of
-another kind overrides ``choose``, or ``logits`` where only the scores differ.
+A forward decides and then sorts the slots by expert. To ``decide`` is to score the tokens (``logits``) and to pick
+experts by the scores (``choose``). A router of another kind overrides ``logits`` where only the scores differ,
+``choose`` where only the choice does, and ``decide`` when it needs the tokens themselves or the mask.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +24,26 @@ from torch import nn
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
 from moefy.nn.routing import Choice, Routing
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Call:
+    """What one forward asks of a router, beside the tokens.
+
+    Attributes:
+        top_k: K for this call.
+        feature_dim: the feature axis of the tokens.
+        mask: ``[T]`` bool, True = a real token; ``None`` means all are. The slots of the others are dropped afterwards,
+            so a router reads it only where tokens compete or are counted.
+        router_index: which of several routers decides; ``None`` is the default one.
+        token_ids: ``[T]`` int64, the vocabulary ids of the tokens, for routers that hash them.
+    """
+
+    top_k: int
+    feature_dim: int = -1
+    mask: torch.Tensor | None = None
+    router_index: int | None = None
+    token_ids: torch.Tensor | None = None
 
 
 class Router(nn.Module):
@@ -37,14 +59,11 @@ class Router(nn.Module):
         device: where ``weight`` lives.
         dtype: its dtype.
 
-    A subclass may override ``logits`` (say, to add noise) or ``choose``: everything behind them is shared.
+    A subclass may override ``logits`` (say, to add noise), ``choose`` or ``decide``: everything behind them is shared.
 
     Raises:
         ConfigError: for sizes outside their domain.
     """
-
-    sums_to_one: ClassVar[bool] = True
-    """Whether each token's weights sum to 1, so that equal experts give the dense output."""
 
     def __init__(
         self,
@@ -83,17 +102,49 @@ class Router(nn.Module):
         weights_TK, index_TK = functional.top_k_softmax(logits_TE, top_k)
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
 
-    def forward(self, x: torch.Tensor, feature_dim: int = -1, *, top_k: int | None = None) -> Routing:
+    def decide(self, x: torch.Tensor, call: Call) -> Choice:
+        """The experts of the tokens of ``x``."""
+        return self.choose(self.logits(x, call.feature_dim), call.top_k)
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether each token's weights sum to 1 in training and evaluation, so that equal experts are the dense FFN."""
+        return True
+
+    @property
+    def num_routers(self) -> int:
+        """How many routers there are to choose from by ``router_index``."""
+        return 1
+
+    def departure(self) -> str | None:
+        """Why equal experts do not give the dense output; ``None`` when they do."""
+        return None if self.sums_to_one else "its weights do not sum to 1"
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        feature_dim: int = -1,
+        *,
+        top_k: int | None = None,
+        capacity_factor: float | None = None,
+        mask: torch.Tensor | None = None,
+        router_index: int | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> Routing:
         """The routing of ``x``: any shape with D features on ``feature_dim``.
 
         Args:
             x: the tokens.
             feature_dim: their feature axis.
             top_k: another K for this call.
+            capacity_factor: another capacity factor for this call.
+            mask: bool in the leading shape of ``x``, True = a real token.
+            router_index: which router of a ``MultiRouter``; the others have but one.
+            token_ids: int64 in the leading shape of ``x``, for a ``HashRouter``; the others do not read it.
 
         Raises:
             ShapeError: when ``x`` has another width.
-            ConfigError: for a K outside 1 to E.
+            ConfigError: for a K outside 1 to E, or a router index that does not exist.
         """
         axis = functional.feature_axis(x.dim(), feature_dim)
         if x.shape[axis] != self.d_model:
@@ -103,7 +154,17 @@ class Router(nn.Module):
         top_k = self.top_k if top_k is None else top_k
         if not 1 <= top_k <= self.num_experts:
             raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
-        choice = self.choose(self.logits(x, feature_dim), top_k)
+        if router_index is not None and not 0 <= router_index < self.num_routers:
+            expected = f"0 <= router_index < {self.num_routers}"
+            raise ConfigError("router_index", got=router_index, expected=expected)
+        call = Call(
+            top_k=top_k,
+            feature_dim=feature_dim,
+            mask=None if mask is None else mask.reshape(-1),
+            router_index=router_index,
+            token_ids=None if token_ids is None else token_ids.reshape(-1),
+        )
+        choice = self.decide(x, call)
         return functional.make_routing(x, choice, self.num_experts, feature_dim)
 
     def extra_repr(self) -> str:
