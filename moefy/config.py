@@ -1,6 +1,7 @@
 """``MoEConfig``: everything that decides how a dense FFN becomes a Mixture-of-Experts. Plain, frozen data.
 
-``RouterSpec`` names a router and its options. Names and options are checked where the routers are known.
+``RouterSpec`` names a router and its options. Names and options are checked where the routers are known. ``Capacity``
+limits how many tokens an expert takes.
 
 >>> config = MoEConfig(num_experts=8, top_k=2)
 >>> MoEConfig.from_json(config.to_json()) == config
@@ -13,7 +14,7 @@ import dataclasses
 import json
 from typing import Any
 
-from moefy.errors import ConfigError, UnknownOption
+from moefy.errors import ConfigError, UnknownOption, suggest
 
 SCHEMA_VERSION = 1
 MAX_EXPERTS = 4096
@@ -77,6 +78,112 @@ def _spec(name: str, options: dict[str, Any]) -> RouterSpec:
     return RouterSpec(name, **options)
 
 
+CAPACITY_RULES = (
+    "megatron",
+    "deepspeed",
+    "gshard",
+    "switch",
+    "tutel",
+    "fastmoe_gshard",
+    "fastmoe_switch",
+    "fastmoe_dc",
+)
+DROP_POLICIES = ("position", "probability", "batch_prioritized", "random")
+SLOT_ORDERS = ("token", "choice")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """How many tokens an expert takes, and which lose when more come. Without one nothing is dropped.
+
+    Args:
+        factor: > 0: the capacity is ``rule(factor)``. 0: exactly the need, so that nothing is dropped. < 0: the need,
+            at most ``rule(|factor|)`` (Tutel).
+        eval_factor: the factor in evaluation mode; ``None`` is ``factor``.
+        rule: the formula, one of ``CAPACITY_RULES``; ``moefy.nn.capacity`` has them.
+        min_capacity: the least that the rule may give; ``None`` is the rule's own, 4 for "deepspeed" and else 0.
+        align: the capacity is rounded up to a multiple of this.
+        drop: who is seated first. "position": the slots in their order. "probability": the largest routing weight
+            (Megatron-Core's "probs"). "batch_prioritized": tokens by their largest score (V-MoE, Tutel). "random":
+            tokens by lot (DeepSpeed's random token selection), in evaluation by position.
+        order: the order of slots among tokens of one rank, also where "probability" ties. "token": token by token.
+            "choice": all first choices before any second. ``None`` is the rule's own.
+        renormalize: the kept weights of a token are scaled up to the sum that all of them had.
+        residual: a token that lost all its slots passes through, ``y = x``; else it gets 0. One that kept some gets
+            the weighted sum of these, either way.
+        experts_per_worker: what "fastmoe_switch" divides by; ``None`` is all experts.
+    """
+
+    factor: float = 1.0
+    eval_factor: float | None = None
+    rule: str = "megatron"
+    min_capacity: int | None = None
+    align: int = 1
+    drop: str = "position"
+    order: str | None = None
+    renormalize: bool = False
+    residual: bool = False
+    experts_per_worker: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their domain."""
+        for name in ("factor", "eval_factor"):
+            value = getattr(self, name)
+            if not (name == "eval_factor" and value is None) and not _is_finite(value):
+                raise ConfigError(f"capacity.{name}", got=value, expected="a finite number")
+        for name, known in (("rule", CAPACITY_RULES), ("drop", DROP_POLICIES), ("order", SLOT_ORDERS)):
+            value = getattr(self, name)
+            if value not in known and not (name == "order" and value is None):
+                expected = f"one of {list(known)}{suggest(str(value), known)}"
+                raise ConfigError(f"capacity.{name}", got=value, expected=expected)
+        for name, least in (("min_capacity", 0), ("align", 1), ("experts_per_worker", 1)):
+            value = getattr(self, name)
+            if not (name != "align" and value is None) and not _is_int(value, least):
+                raise ConfigError(f"capacity.{name}", got=value, expected=f"an int >= {least}")
+        for name in ("renormalize", "residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"capacity.{name}", got=getattr(self, name), expected="True or False")
+
+    @classmethod
+    def of(cls, capacity: float | Capacity | None) -> Capacity | None:
+        """``capacity`` itself, or the capacity of that factor.
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        if capacity is None or isinstance(capacity, Capacity):
+            return capacity
+        if not _is_finite(capacity):
+            raise ConfigError("capacity", got=capacity, expected="a number, a moefy.Capacity or None")
+        return cls(factor=capacity)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Capacity:
+        """The inverse of ``to_dict``; unknown keys are errors."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in data:
+            if name not in known:
+                raise UnknownOption(name, known, where="Capacity")
+        return cls(**data)
+
+    @property
+    def dropless(self) -> bool:
+        """Whether nothing can be dropped, in training and evaluation."""
+        return self.factor == 0 and self.eval_factor in (None, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < float("inf")
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int) and value >= least
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """How FFNs are rewritten.
@@ -91,6 +198,8 @@ class MoEConfig:
             weight tensor; expert 0 stays the dense FFN bitwise. 0 keeps the start exact, but then identical
             experts give the router no gradient until they diverge.
         router: the router's name, or a ``RouterSpec`` with options; see ``moefy.nn.routers``.
+        capacity: how many tokens an expert takes: a capacity factor, or a ``Capacity`` with options. ``None`` drops no
+            token.
     """
 
     num_experts: int
@@ -99,6 +208,7 @@ class MoEConfig:
     router_std: float = 0.02
     expert_noise: float = 0.0
     router: str | RouterSpec = "top_k"
+    capacity: float | Capacity | None = None
 
     def __post_init__(self) -> None:
         """Refuse values outside their domain."""
@@ -120,6 +230,7 @@ class MoEConfig:
                 raise ConfigError(name, got=value, expected="a finite number >= 0")
         if not isinstance(self.router, str | RouterSpec):
             raise ConfigError("router", got=self.router, expected="a name or a moefy.RouterSpec")
+        Capacity.of(self.capacity)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -168,6 +279,8 @@ class MoEConfig:
             raise ConfigError("num_experts", got=None, expected="an int, the number of experts per layer")
         if isinstance(options.get("router"), dict):
             options["router"] = RouterSpec.from_dict(options["router"])
+        if isinstance(options.get("capacity"), dict):
+            options["capacity"] = Capacity.from_dict(options["capacity"])
         return cls(**options)
 
     def to_json(self) -> str:
