@@ -23,7 +23,11 @@ from torch import Tensor
 
 from moefy import ops
 from moefy.config import Capacity
+from moefy.errors import ConfigError
 from moefy.nn.routing import Choice
+
+DEFAULT_CAPACITY = Capacity()
+"""What a call's capacity factor means to a router without a capacity of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +95,13 @@ def seat(
         factor: this factor instead; 0 is a factor like any other.
 
     T counts masked tokens too, since the number of the others is on the device: padding leaves seats empty.
+
+    Raises:
+        ConfigError: for a factor that is not finite.
     """
     factor = call_factor(capacity, training) if factor is None else factor
+    if not -math.inf < factor < math.inf:
+        raise ConfigError("capacity_factor", got=factor, expected="a finite number")
     index_TK = choice.index
     seats = expert_capacity(index_TK, num_experts, capacity, factor)
     valid_TK = (index_TK >= 0) & (index_TK < num_experts)

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from moefy.config import Capacity
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
+from moefy.nn.capacity import DEFAULT_CAPACITY, Seats, seat
 from moefy.nn.routing import Choice, Routing
 
 
@@ -86,6 +88,7 @@ class Router(nn.Module):
             raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {num_experts}")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
         self.std, self.seed, self.fqn = std, seed, fqn
+        self.capacity: Capacity | None = None
         self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -118,6 +121,8 @@ class Router(nn.Module):
 
     def departure(self) -> str | None:
         """Why equal experts do not give the dense output; ``None`` when they do."""
+        if self.capacity is not None and not self.capacity.dropless:
+            return "its capacity drops tokens"
         return None if self.sums_to_one else "its weights do not sum to 1"
 
     def forward(
@@ -137,8 +142,9 @@ class Router(nn.Module):
             x: the tokens.
             feature_dim: their feature axis.
             top_k: another K for this call.
-            capacity_factor: another capacity factor for this call.
-            mask: bool in the leading shape of ``x``, True = a real token.
+            capacity_factor: another capacity factor for this call, 0 (nothing dropped) included.
+            mask: bool in the leading shape of ``x``, True = a real token. The others go to no expert, take no seat and
+                count in no loss.
             router_index: which router of a ``MultiRouter``; the others have but one.
             token_ids: int64 in the leading shape of ``x``, for a ``HashRouter``; the others do not read it.
 
@@ -165,7 +171,17 @@ class Router(nn.Module):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
         )
         choice = self.decide(x, call)
-        return functional.make_routing(x, choice, self.num_experts, feature_dim)
+        if call.mask is not None:
+            choice = choice.masked(call.mask, self.num_experts)
+        seats = self.seat(choice, capacity_factor)
+        return functional.make_routing(x, choice, self.num_experts, feature_dim, seats)
+
+    def seat(self, choice: Choice, factor: float | None = None) -> Seats | None:
+        """Who keeps a seat under ``capacity``, or under a ``factor`` for this call; ``None`` when nothing limits."""
+        if self.capacity is None and factor is None:
+            return None
+        capacity = DEFAULT_CAPACITY if self.capacity is None else self.capacity
+        return seat(choice, capacity, self.num_experts, training=self.training, factor=factor)
 
     def extra_repr(self) -> str:
         """Sizes."""
