@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from moefy.config import RouterSpec
+import torch
+
+from moefy.config import Capacity, MoEConfig, RouterSpec
 from moefy.errors import ConfigError, UnknownOption, suggest
 from moefy.nn.routers.base import Router, router_init_
 
@@ -19,7 +21,7 @@ ROUTERS: dict[str, type[Router]] = {
 # What the layer decides, not the user's options.
 _PLACE = ("self", "d_model", "num_experts", "top_k", "fqn", "device", "dtype")
 
-__all__ = ["ROUTERS", "Router", "make_router", "router_class", "router_init_"]
+__all__ = ["ROUTERS", "Router", "configured_router", "make_router", "router_class", "router_init_"]
 
 
 def router_class(name: str) -> type[Router]:
@@ -64,6 +66,24 @@ def make_router(
         if name not in known:
             raise UnknownOption(name, known, where=f"router {spec.name!r}")
     return cls(d_model, num_experts, top_k, **{**place, **spec.options})
+
+
+def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Tensor) -> Router:
+    """The router that ``config`` describes for the layer ``fqn``, on the device and in the dtype of ``like``.
+
+    Raises:
+        ConfigError, UnknownOption: as ``make_router``.
+    """
+    place = {
+        "std": config.router_std,
+        "seed": config.seed,
+        "fqn": fqn,
+        "device": like.device,
+        "dtype": like.dtype,
+    }
+    router = make_router(config.router, d_model, config.num_experts, config.top_k, **place)
+    router.capacity = Capacity.of(config.capacity)
+    return router
 
 
 def _parameters(cls: type[Router]) -> list[str]:
