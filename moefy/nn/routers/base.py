@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -56,6 +56,7 @@ class Router(nn.Module):
         num_experts: E.
         top_k: K, experts per token, 1 to E.
         std: standard deviation of the normal initialisation.
+        bias: adds a learnable ``bias [E]`` to the logits, zero at first (FastMoE's ``gate_bias``).
         seed: seeds the initialisation together with ``fqn``.
         fqn: the layer's name, so that layers differ.
         device: where ``weight`` lives.
@@ -67,6 +68,9 @@ class Router(nn.Module):
         ConfigError: for sizes outside their domain.
     """
 
+    only_top_k: ClassVar[int | None] = None
+    """The one K of a router that is defined for one alone."""
+
     def __init__(
         self,
         d_model: int,
@@ -74,6 +78,7 @@ class Router(nn.Module):
         top_k: int,
         *,
         std: float = 0.02,
+        bias: bool = False,
         seed: int = 0,
         fqn: str = "",
         device: Any = None,
@@ -84,21 +89,37 @@ class Router(nn.Module):
             raise ConfigError("d_model", got=d_model, expected="an int >= 1")
         if num_experts < 1:
             raise ConfigError("num_experts", got=num_experts, expected="an int >= 1")
-        if not 1 <= top_k <= num_experts:
-            raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {num_experts}")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
+        self.check_top_k(top_k)
         self.std, self.seed, self.fqn = std, seed, fqn
         self.capacity: Capacity | None = None
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))
+        self.make_parameters(bias, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def make_parameters(self, bias: bool, **like: Any) -> None:
+        """Create what ``reset_parameters`` fills. A router without a linear scorer creates nothing here."""
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.d_model, **like))
+        self.bias = nn.Parameter(torch.empty(self.num_experts, **like)) if bias else None
 
     def reset_parameters(self) -> None:
         """Draw ``weight`` again; the same values every time and on every rank."""
         router_init_(self.weight, self.seed, self.fqn, self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def check_top_k(self, top_k: int) -> None:
+        """Raise ``ConfigError`` for a K that this router does not have."""
+        if not 1 <= top_k <= self.num_experts:
+            raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
+        if self.only_top_k is not None and top_k != self.only_top_k:
+            raise ConfigError(
+                "top_k", got=top_k, expected=f"{self.only_top_k}, as {type(self).__name__} has it"
+            )
 
     def logits(self, x: torch.Tensor, feature_dim: int = -1) -> torch.Tensor:
         """``[T, E]`` scores of the tokens of ``x``."""
-        return functional.router_logits(x, self.weight, feature_dim)
+        logits_TE = functional.router_logits(x, self.weight, feature_dim)
+        return logits_TE if self.bias is None else logits_TE + self.bias.to(logits_TE.dtype)
 
     def choose(self, logits_TE: torch.Tensor, top_k: int) -> Choice:
         """The experts that ``logits_TE`` pick."""
@@ -113,6 +134,15 @@ class Router(nn.Module):
     def sums_to_one(self) -> bool:
         """Whether each token's weights sum to 1 in training and evaluation, so that equal experts are the dense FFN."""
         return True
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether a forward needs the tokens alone: no token ids, no trace."""
+        return True
+
+    def top_k_of(self, router_index: int | None) -> int:
+        """K when a call names none."""
+        return self.top_k
 
     @property
     def num_routers(self) -> int:
@@ -157,12 +187,11 @@ class Router(nn.Module):
             raise ShapeError(
                 f"the router expects {self.d_model} features on axis {feature_dim}; got {tuple(x.shape)}"
             )
-        top_k = self.top_k if top_k is None else top_k
-        if not 1 <= top_k <= self.num_experts:
-            raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
         if router_index is not None and not 0 <= router_index < self.num_routers:
             expected = f"0 <= router_index < {self.num_routers}"
             raise ConfigError("router_index", got=router_index, expected=expected)
+        top_k = self.top_k_of(router_index) if top_k is None else top_k
+        self.check_top_k(top_k)
         call = Call(
             top_k=top_k,
             feature_dim=feature_dim,
