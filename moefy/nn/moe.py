@@ -180,6 +180,7 @@ class MoE(nn.Module):
         known = self.body.fused(self)
         y = self._run_body(x, routing) if known is None else self._run_fused(x, routing, known)
         y = y if self.tail is None else self.tail(self, y)
+        y = functional.add_residual(y, routing)
         return (y, None) if self.returns == "tuple" else y
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
