@@ -71,8 +71,11 @@ def switch(
     Returns:
         ``[...]`` in fp32, fp64 for fp64 scores.
     """
-    share_E = _share(index_TK, num_experts, mask_T, reduce)
-    return num_experts * (share_E * _mean_scores(scores_TE, mask_T)).sum(-1)
+    mean_E = _mean_scores(scores_TE, mask_T)
+    totals_X = assignment_totals(index_TK, num_experts, mask_T)
+    totals_X = (totals_X if reduce is None else reduce(totals_X)).to(mean_E.dtype)
+    share_E = totals_X[..., :-1] / (totals_X[..., -1:] * index_TK.shape[-1]).clamp(min=1)
+    return num_experts * (share_E * mean_E).sum(-1)
 
 
 def gshard(
@@ -143,10 +146,10 @@ def fastmoe_switch(
     dropped and K=1: ``switch``.
     """
     totals_X = assignment_totals(index_TK, num_experts, mask_T)
-    kept = totals_X[..., :-1].sum(-1, keepdim=True).clamp(min=1)
-    counts_E = (totals_X if reduce is None else reduce(totals_X))[..., :-1]
+    mean_E = _sum_scores(scores_TE, mask_T) / totals_X[..., :-1].sum(-1, keepdim=True).clamp(min=1)
+    counts_E = (totals_X if reduce is None else reduce(totals_X))[..., :-1].to(mean_E.dtype)
     share_E = counts_E / counts_E.sum(-1, keepdim=True).clamp(min=1)
-    return num_experts * (share_E * (_sum_scores(scores_TE, mask_T) / kept)).sum(-1)
+    return num_experts * (share_E * mean_E).sum(-1)
 
 
 # -- squared coefficients of variation -----------------------------------------------------------------------------
@@ -400,13 +403,6 @@ def _tokens(like_TX: Tensor, mask_T: Tensor | None) -> Tensor:
         return mask_T.sum(-1, keepdim=True)
     shape = (*like_TX.shape[:-2], 1)
     return torch.full(shape, like_TX.shape[-2], dtype=torch.int64, device=like_TX.device)
-
-
-def _share(index_TK: Tensor, num_experts: int, mask_T: Tensor | None, reduce: Reduce | None) -> Tensor:
-    """``[..., E]``: ``n_e / (T * K)``."""
-    totals_X = assignment_totals(index_TK, num_experts, mask_T)
-    totals_X = totals_X if reduce is None else reduce(totals_X)
-    return totals_X[..., :-1] / (totals_X[..., -1:] * index_TK.shape[-1]).clamp(min=1)
 
 
 def _mean_scores(scores_TE: Tensor, mask_T: Tensor | None) -> Tensor:
