@@ -55,7 +55,7 @@ RULES: dict[str, Rule] = {
     # Switch Transformer (Fedus et al. 2022, equation 3): T / E * factor, whatever K.
     "switch": Rule(lambda f, t, k, e, _: math.floor(t * f / e), "choice"),
     # Tutel: K * int(factor * ceil(T / E)); all first choices before any second.
-    "tutel": Rule(lambda f, t, k, e, _: k * math.floor(f * -(-t // e)), "choice"),
+    "tutel": Rule(lambda f, t, k, e, _: k * math.floor(f * ((t + e - 1) // e)), "choice"),
     # FastMoE has three. Its GShard gate: floor(ceil(factor * T) * K / E), per expert and source rank.
     "fastmoe_gshard": Rule(lambda f, t, k, e, _: math.ceil(f * t) * k // e, "token"),
     # Its Switch gate: ceil(factor * T / experts on this rank).
@@ -171,10 +171,11 @@ def queue_ranks(index_TK: Tensor, num_experts: int, order: str = "token") -> Ten
         order: "token": token by token. "choice": all first choices, then all second ones, each by token.
     """
     queue = index_TK if order == "token" else index_TK.t()
-    slot_N, end_E = ops.sort_by_expert(queue.contiguous(), num_experts)
+    id_N = queue.reshape(-1)
+    slot_N, end_E = ops.sort_by_expert(id_N.unsqueeze(1), num_experts)
     end_E = end_E.to(torch.int64)
     start_X = torch.cat([end_E.new_zeros(1), end_E])
-    id_N = queue.reshape(-1).index_select(0, slot_N)
+    id_N = id_N.index_select(0, slot_N)
     id_N = torch.where((id_N >= 0) & (id_N < num_experts), id_N, num_experts)
     place_N = torch.arange(slot_N.shape[0], device=slot_N.device) - start_X.index_select(0, id_N)
     ranks = torch.zeros_like(place_N).scatter(0, slot_N, place_N).view(queue.shape)
