@@ -144,7 +144,6 @@ def test_linears_inside_a_block(kind: Any, residual: bool, monkeypatch: pytest.M
         return mixed + missing * x + (passed * source if residual else 0)
 
     got = results(block, block, x)
-    assert any(stranded) or not stranded
     assert_same(got, results(reference, block, x), 1e-11)
     assert any(stranded)
 
@@ -267,7 +266,7 @@ class Model(nn.Module):
         return x + self.ffn(self.norm(x))
 
 
-@pytest.mark.parametrize("capacity", [1.25, Capacity(rule="tutel", factor=1.0, residual=True)])
+@pytest.mark.parametrize("capacity", [0.5, Capacity(rule="tutel", factor=0.5, residual=True)])
 def test_transform(capacity: Any) -> None:
     model, x = Model(), torch.randn(2, 16, D)
     moefy.transform(model, num_experts=E, capacity=capacity, example_args=(x,))
