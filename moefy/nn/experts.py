@@ -62,12 +62,14 @@ class ExpertList(nn.ModuleList):
     def _in_seats(self, rows: Tree, offsets_E: Tensor, seats: int) -> Tree:
         """Each expert on C rows, of which those behind its own are copies of others and come to nothing."""
         total = token_tree.leaves(rows)[0].shape[0]
+        if total == 0:
+            return token_tree.concatenate([expert(rows) for expert in self], 0)
         end_E = offsets_E.to(torch.int64)
         start_E = torch.cat([end_E.new_zeros(1), end_E[:-1]])
         seat_C = torch.arange(seats, device=end_E.device)
-        source_EC = (start_E[:, None] + seat_C).clamp(max=max(total - 1, 0))
+        source_EC = (start_E[:, None] + seat_C).clamp(max=total - 1)
         outputs = [
-            expert(token_tree.map_leaves(lambda row, i=source_C: _take(row, i), rows))
+            expert(token_tree.map_leaves(lambda row, i=source_C: row.index_select(0, i), rows))
             for expert, source_C in zip(self, source_EC.unbind(0), strict=True)
         ]
         row_N = torch.arange(total, device=end_E.device)
@@ -109,14 +111,7 @@ def size(name: str, value: Any) -> int:
     return value
 
 
-def _take(row: Tensor, index: Tensor) -> Tensor:
-    """Rows by index; zeros where there is no row at all."""
-    return row.index_select(0, index) if row.shape[0] else row.new_zeros(index.shape[0], *row.shape[1:])
-
-
 def _put_back(y: Tensor, place_N: Tensor, kept_N: Tensor) -> Tensor:
     """The rows in their sorted places, dropped ones as zeros."""
-    if not place_N.shape[0]:
-        return y[:0]
     shape: list[Any] = [-1, *[1] * (y.dim() - 1)]
     return y.index_select(0, place_N).masked_fill(~kept_N.view(shape), 0.0)
