@@ -83,7 +83,13 @@ class Seats:
 
 
 def seat(
-    choice: Choice, capacity: Capacity, num_experts: int, *, training: bool, factor: float | None = None
+    choice: Choice,
+    capacity: Capacity,
+    num_experts: int,
+    top_k: int,
+    *,
+    training: bool,
+    factor: float | None = None,
 ) -> Seats:
     """Seat the slots of ``choice``.
 
@@ -91,6 +97,7 @@ def seat(
         choice: the router's; slots with an id outside ``[0, E)`` take no seat.
         capacity: how.
         num_experts: E.
+        top_k: K of the formulas. A router whose tokens have any number of experts has more slots than that.
         training: takes ``capacity.factor``, else ``capacity.eval_factor``.
         factor: this factor instead; 0 is a factor like any other.
 
@@ -103,7 +110,7 @@ def seat(
     if not -math.inf < factor < math.inf:
         raise ConfigError("capacity_factor", got=factor, expected="a finite number")
     index_TK = choice.index
-    seats = expert_capacity(index_TK, num_experts, capacity, factor)
+    seats = expert_capacity(index_TK, num_experts, top_k, capacity, factor)
     valid_TK = (index_TK >= 0) & (index_TK < num_experts)
     keep_TK = valid_TK & (slot_ranks(choice, capacity, num_experts, training=training) < seats)
     weights_TK = kept_weights(choice.weights, keep_TK, capacity.renormalize)
@@ -116,17 +123,19 @@ def call_factor(capacity: Capacity, training: bool) -> float:
     return capacity.factor if training or capacity.eval_factor is None else capacity.eval_factor
 
 
-def expert_capacity(index_TK: Tensor, num_experts: int, capacity: Capacity, factor: float) -> int | Tensor:
+def expert_capacity(
+    index_TK: Tensor, num_experts: int, top_k: int, capacity: Capacity, factor: float
+) -> int | Tensor:
     """The seats of each expert: an int for a factor > 0, else a 0-dim int64 tensor.
 
     Args:
         index_TK: ``[T, K]`` the chosen experts, of which the need is the largest count.
         num_experts: E.
+        top_k: K.
         capacity: its rule, least capacity and alignment; its own factors are not read.
         factor: > 0: the rule's. 0: the need. < 0: the need, at most the rule's of ``|factor|``.
     """
-    tokens, top_k = index_TK.shape
-    limit = rule_capacity(capacity, abs(factor), tokens, top_k, num_experts)
+    limit = rule_capacity(capacity, abs(factor), index_TK.shape[0], top_k, num_experts)
     if factor > 0:
         return aligned(limit, capacity.align)
     need = _counts(index_TK, num_experts).max()

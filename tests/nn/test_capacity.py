@@ -61,26 +61,26 @@ def kept(seats: Any) -> list[str]:
 )
 def test_rules(rule: str, factor: float, options: Any, expected: int) -> None:
     capacity = Capacity(rule=rule, factor=factor, **options)
-    assert expert_capacity(torch.tensor(INDEX), 3, capacity, factor) == expected
+    assert expert_capacity(torch.tensor(INDEX), 3, 2, capacity, factor) == expected
 
 
 def test_an_uneven_number_of_tokens_rounds_as_tutel_does() -> None:
     # 7 tokens, 3 experts: ceil(7 / 3) = 3; 2 * int(1.25 * 3 = 3.75) = 6
-    assert expert_capacity(torch.zeros(7, 2, dtype=torch.int64), 3, Capacity(rule="tutel"), 1.25) == 6
+    assert expert_capacity(torch.zeros(7, 2, dtype=torch.int64), 3, 2, Capacity(rule="tutel"), 1.25) == 6
 
 
 @pytest.mark.parametrize("rule", CAPACITY_RULES)
 def test_factors_of_zero_and_below_look_at_the_need(rule: str) -> None:
     index = torch.tensor(INDEX)  # expert 0 needs 5
     capacity = Capacity(rule=rule, min_capacity=0)
-    assert expert_capacity(index, 3, capacity, 0).item() == 5
-    assert expert_capacity(index, 3, capacity, 0.0).item() == 5
-    positive = expert_capacity(index, 3, capacity, 0.6)
-    assert expert_capacity(index, 3, capacity, -0.6).item() == min(5, positive)
-    assert expert_capacity(index, 3, capacity, -100.0).item() == 5
+    assert expert_capacity(index, 3, 2, capacity, 0).item() == 5
+    assert expert_capacity(index, 3, 2, capacity, 0.0).item() == 5
+    positive = expert_capacity(index, 3, 2, capacity, 0.6)
+    assert expert_capacity(index, 3, 2, capacity, -0.6).item() == min(5, positive)
+    assert expert_capacity(index, 3, 2, capacity, -100.0).item() == 5
     aligned = dataclasses.replace(capacity, align=4)
-    assert expert_capacity(index, 3, aligned, 0).item() == 8
-    assert expert_capacity(index, 3, aligned, -100.0).item() == 8
+    assert expert_capacity(index, 3, 2, aligned, 0).item() == 8
+    assert expert_capacity(index, 3, 2, aligned, -100.0).item() == 8
 
 
 ALL = ["0a", "0b", "1a", "1b", "2a", "2b", "3a", "3b", "4a", "4b", "5a", "5b"]
@@ -111,7 +111,7 @@ BATCH_TOKEN = ["0b", "1a", "1b", "3a", "4a", "4b"]
 )
 def test_who_is_seated(drop: str, order: str, expected: list[str], factor: float) -> None:
     capacity = Capacity(factor=factor, drop=drop, order=order)  # ceil(0.5 * 4) = 2 seats
-    seats = seat(choice(), capacity, 3, training=True)
+    seats = seat(choice(), capacity, 3, 2, training=True)
     assert kept(seats) == expected and int(seats.capacity) == 2
     weights = [
         [w if f"{t}{'ab'[k]}" in expected else 0.0 for k, w in enumerate(row)]
@@ -125,15 +125,15 @@ def test_who_is_seated(drop: str, order: str, expected: list[str], factor: float
 @pytest.mark.parametrize("factor", [0.0, -1.25, -9.0, 1.25])
 def test_what_fits_is_never_dropped(drop: str, order: str, factor: float) -> None:
     """The need is 5, also where the last token in line is not the one with the largest place."""
-    seats = seat(choice(), Capacity(factor=factor, drop=drop, order=order), 3, training=True)
+    seats = seat(choice(), Capacity(factor=factor, drop=drop, order=order), 3, 2, training=True)
     assert kept(seats) == ALL and int(seats.capacity) == 5
 
 
 def test_equal_weights_are_seated_in_order() -> None:
     tied = choice()
     tied.weights = torch.full_like(tied.weights, 0.5)
-    by_token = seat(tied, Capacity(factor=0.5, drop="probability", order="token"), 3, training=True)
-    by_choice = seat(tied, Capacity(factor=0.5, drop="probability", order="choice"), 3, training=True)
+    by_token = seat(tied, Capacity(factor=0.5, drop="probability", order="token"), 3, 2, training=True)
+    by_choice = seat(tied, Capacity(factor=0.5, drop="probability", order="choice"), 3, 2, training=True)
     assert (kept(by_token), kept(by_choice)) == (TOKEN, CHOICE)
 
 
@@ -152,52 +152,52 @@ def test_random_token_selection() -> None:
     """One expert, 64 tokens, 16 seats: each draw seats others, each token in about a quarter of them."""
     crowd = Choice(torch.zeros(64, 1, dtype=torch.int64), torch.ones(64, 1), torch.zeros(64, 1))
     capacity = Capacity(factor=0.25, drop="random", rule="deepspeed")
-    seated = torch.stack([seat(crowd, capacity, 1, training=True).index[:, 0] == 0 for _ in range(400)])
+    seated = torch.stack([seat(crowd, capacity, 1, 1, training=True).index[:, 0] == 0 for _ in range(400)])
     assert (seated.sum(1) == 16).all()
     assert (seated.double().mean(0) - 0.25).abs().max() < 0.1  # 4.6 standard deviations
-    evaluated = seat(crowd, capacity, 1, training=False).index[:, 0] == 0
+    evaluated = seat(crowd, capacity, 1, 1, training=False).index[:, 0] == 0
     assert evaluated.tolist() == [True] * 16 + [False] * 48
     torch.manual_seed(3)
-    one = seat(crowd, capacity, 1, training=True).index
+    one = seat(crowd, capacity, 1, 1, training=True).index
     torch.manual_seed(3)
-    assert torch.equal(one, seat(crowd, capacity, 1, training=True).index)
+    assert torch.equal(one, seat(crowd, capacity, 1, 1, training=True).index)
 
 
 def test_training_and_evaluation_have_their_factors() -> None:
     capacity = Capacity(factor=0.5, eval_factor=1.0)
-    assert seat(choice(), capacity, 3, training=True).capacity == 2
-    assert seat(choice(), capacity, 3, training=False).capacity == 4
-    assert seat(choice(), capacity, 3, training=False, factor=0).capacity.item() == 5
-    assert seat(choice(), dataclasses.replace(capacity, eval_factor=None), 3, training=False).capacity == 2
+    assert seat(choice(), capacity, 3, 2, training=True).capacity == 2
+    assert seat(choice(), capacity, 3, 2, training=False).capacity == 4
+    assert seat(choice(), capacity, 3, 2, training=False, factor=0).capacity.item() == 5
+    assert seat(choice(), dataclasses.replace(capacity, eval_factor=None), 3, 2, training=False).capacity == 2
 
 
 def test_slots_that_the_router_dropped_take_no_seat() -> None:
     mine = choice()
     mine.index[0, 0], mine.index[1, 0] = 3, -1
-    seats = seat(mine, Capacity(factor=0.5, residual=True), 3, training=True)
+    seats = seat(mine, Capacity(factor=0.5, residual=True), 3, 2, training=True)
     # expert 0's queue is then 2b 3a 5b
     assert kept(seats) == ["0b", "1b", "2a", "2b", "3a", "3b"]
     assert seats.stranded.tolist() == [False] * 4 + [True, True]
     mine.index[4] = 3  # no slot at all: not stranded by capacity
-    assert seat(mine, Capacity(factor=0.5, residual=True), 3, training=True).stranded.tolist() == [
+    assert seat(mine, Capacity(factor=0.5, residual=True), 3, 2, training=True).stranded.tolist() == [
         False
     ] * 5 + [True]
 
 
 def test_renormalised_weights_keep_their_sum() -> None:
-    seats = seat(choice(), Capacity(factor=0.5, renormalize=True), 3, training=True)
+    seats = seat(choice(), Capacity(factor=0.5, renormalize=True), 3, 2, training=True)
     expected = [[0.6, 0.4], [0.9, 0.1], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     torch.testing.assert_close(seats.weights, torch.tensor(expected, dtype=torch.float64))
     half = choice()
     half.weights = half.weights / 2
     torch.testing.assert_close(
-        seat(half, Capacity(factor=0.5, renormalize=True), 3, training=True).weights, seats.weights / 2
+        seat(half, Capacity(factor=0.5, renormalize=True), 3, 2, training=True).weights, seats.weights / 2
     )
     half.weights = choice().weights.requires_grad_()
 
     def weights(value: Tensor) -> Tensor:
         capacity = Capacity(factor=0.5, renormalize=True)
-        return seat(dataclasses.replace(half, weights=value), capacity, 3, training=True).weights
+        return seat(dataclasses.replace(half, weights=value), capacity, 3, 2, training=True).weights
 
     assert torch.autograd.gradcheck(weights, half.weights)
 
@@ -207,7 +207,7 @@ def test_nan_scores_keep_ids_valid() -> None:
     mine.weights[2] = mine.logits[2] = float("nan")
     mine.scores = None
     for drop in ("probability", "batch_prioritized"):
-        seats = seat(mine, Capacity(factor=0.5, drop=drop), 3, training=True)
+        seats = seat(mine, Capacity(factor=0.5, drop=drop), 3, 2, training=True)
         assert ((seats.index >= 0) & (seats.index <= 3)).all() and len(kept(seats)) == 6
 
 

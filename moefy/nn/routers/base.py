@@ -202,15 +202,15 @@ class Router(nn.Module):
         choice = self.decide(x, call)
         if call.mask is not None:
             choice = choice.masked(call.mask, self.num_experts)
-        seats = self.seat(choice, capacity_factor)
+        seats = self.seat(choice, top_k, capacity_factor)
         return functional.make_routing(x, choice, self.num_experts, feature_dim, seats)
 
-    def seat(self, choice: Choice, factor: float | None = None) -> Seats | None:
+    def seat(self, choice: Choice, top_k: int, factor: float | None = None) -> Seats | None:
         """Who keeps a seat under ``capacity``, or under a ``factor`` for this call; ``None`` when nothing limits."""
         if self.capacity is None and factor is None:
             return None
         capacity = DEFAULT_CAPACITY if self.capacity is None else self.capacity
-        return seat(choice, capacity, self.num_experts, training=self.training, factor=factor)
+        return seat(choice, capacity, self.num_experts, top_k, training=self.training, factor=factor)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -225,7 +225,12 @@ def router_init_(weight_ED: torch.Tensor, seed: int, fqn: str, std: float) -> to
     """
     if weight_ED.is_meta:
         return weight_ED
-    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = seeded_generator(seed, fqn)
     draw = torch.randn(weight_ED.shape, generator=generator, dtype=torch.float32, device="cpu")
     return weight_ED.copy_(draw * std)
+
+
+def seeded_generator(seed: int, fqn: str) -> torch.Generator:
+    """A generator on the CPU that depends on ``seed`` and ``fqn`` alone."""
+    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
