@@ -40,6 +40,10 @@ def sort_by_expert(dtype: torch.dtype) -> list[Args]:
     return [(index(5), E), (index(0), E), (index(5).int(), 1)]
 
 
+def first_run(dtype: torch.dtype) -> list[Args]:
+    return [(index(5),), (randn(0, 3, dtype=dtype).detach(),)]
+
+
 def scores(tokens: int, dtype: torch.dtype) -> Tensor:
     """Half a unit apart in each row, so that finite differences choose the same experts."""
     places = randn(tokens, E, dtype=torch.float64).detach().argsort(1)
@@ -133,11 +137,13 @@ def expert_ffn_backward(dtype: torch.dtype) -> list[Args]:
     return found
 
 
+WITHOUT_GRADIENTS = frozenset({"first_run", "sort_by_expert"})
 SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "combine": combine,
     "combine_backward": combine_backward,
     "expert_ffn": expert_ffn,
     "expert_ffn_backward": expert_ffn_backward,
+    "first_run": first_run,
     "grouped_linear": grouped_linear,
     "grouped_linear_backward": grouped_linear_backward,
     "permute": permute,
