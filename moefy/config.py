@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 from moefy.errors import ConfigError, UnknownOption, suggest
@@ -25,7 +26,8 @@ class RouterSpec:
 
     Args:
         name: a key of ``moefy.nn.routers.ROUTERS``.
-        options: keyword arguments of that router: numbers, strings, booleans or ``None``.
+        options: keyword arguments of that router. Numbers, strings, booleans, ``None``, specs, and tuples of these have
+            a JSON form; anything else (a module) works but has none.
     """
 
     __slots__ = ("_items", "name")
@@ -37,7 +39,8 @@ class RouterSpec:
         if not isinstance(name, str):
             raise ConfigError("router", got=name, expected="a name, a RouterSpec or a router")
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "_items", tuple(sorted(options.items())))
+        items = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        object.__setattr__(self, "_items", tuple(sorted(items.items(), key=lambda item: item[0])))
 
     @classmethod
     def of(cls, router: str | RouterSpec) -> RouterSpec:
@@ -47,7 +50,7 @@ class RouterSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RouterSpec:
         """The inverse of ``to_dict``."""
-        return cls(data["name"], **data.get("options", {}))
+        return cls(data["name"], **{k: _from_plain(v) for k, v in data.get("options", {}).items()})
 
     @property
     def options(self) -> dict[str, Any]:
@@ -55,8 +58,13 @@ class RouterSpec:
         return dict(self._items)
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and options, for JSON."""
-        return {"name": self.name, "options": self.options}
+        """Name and options, for JSON.
+
+        Raises:
+            ConfigError: for an option without a JSON form.
+        """
+        options = {k: _plain(v, f"router option {k!r}") for k, v in self._items}
+        return {"name": self.name, "options": options}
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"RouterSpec is immutable; cannot set {name!r}")
@@ -76,6 +84,44 @@ class RouterSpec:
 
 def _spec(name: str, options: dict[str, Any]) -> RouterSpec:
     return RouterSpec(name, **options)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` in JSON types."""
+    if isinstance(value, RouterSpec):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [_plain(item, where) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(where, got=value, expected="a value that JSON can hold")
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_plain(item) for item in value)
+    return RouterSpec.from_dict(value) if isinstance(value, dict) else value
+
+
+ONE_EXPERT_ROUTERS = ("switch", "hash")
+"""Routers whose papers send each token to one expert, which is then the default."""
+
+
+def default_top_k(router: Any, num_experts: int) -> int:
+    """K where nobody names one: what the router is defined for, else 2; at most E."""
+    name = router.name if isinstance(router, RouterSpec) else router
+    usual = 1 if name in ONE_EXPERT_ROUTERS else getattr(router, "only_top_k", None) or 2
+    return max(1, min(usual, num_experts))
+
+
+def router_name(router: Any) -> str:
+    """``router`` in words: a name with options, or where a class or factory was defined."""
+    if isinstance(router, str):
+        return router
+    if isinstance(router, RouterSpec):
+        return ", ".join([router.name, *(f"{k}={v}" for k, v in router.options.items())])
+    named = getattr(router, "func", router)  # functools.partial
+    return f"{named.__module__}.{named.__qualname__}" if hasattr(named, "__qualname__") else repr(router)
 
 
 CAPACITY_RULES = (
@@ -197,7 +243,8 @@ class MoEConfig:
         expert_noise: symmetry breaking. Experts 1 to E-1 get ``noise * std(weight)`` of Gaussian noise added per
             weight tensor; expert 0 stays the dense FFN bitwise. 0 keeps the start exact, but then identical
             experts give the router no gradient until they diverge.
-        router: the router's name, or a ``RouterSpec`` with options; see ``moefy.nn.routers``.
+        router: the router's name, a ``RouterSpec`` with options, a ``Router`` subclass, or a factory of any module from
+            tokens to logits; see ``moefy.nn.routers``. The last two have no JSON form.
         capacity: how many tokens an expert takes: a capacity factor, or a ``Capacity`` with options. ``None`` drops no
             token.
     """
@@ -207,7 +254,7 @@ class MoEConfig:
     seed: int = 0
     router_std: float = 0.02
     expert_noise: float = 0.0
-    router: str | RouterSpec = "top_k"
+    router: str | RouterSpec | Callable[..., Any] = "top_k"
     capacity: float | Capacity | None = None
 
     def __post_init__(self) -> None:
@@ -228,8 +275,10 @@ class MoEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ConfigError(name, got=value, expected="a finite number >= 0")
-        if not isinstance(self.router, str | RouterSpec):
-            raise ConfigError("router", got=self.router, expected="a name or a moefy.RouterSpec")
+        one_module = hasattr(self.router, "parameters") and not isinstance(self.router, type)
+        if one_module or not (isinstance(self.router, str | RouterSpec) or callable(self.router)):
+            expected = "a name, a moefy.RouterSpec, or a class or factory, which makes one router per layer"
+            raise ConfigError("router", got=self.router, expected=expected)
         Capacity.of(self.capacity)
 
     @classmethod
@@ -256,11 +305,18 @@ class MoEConfig:
         if "num_experts" not in given:
             raise ConfigError("num_experts", got=None, expected="an int, the number of experts per layer")
         if "top_k" not in given and isinstance(given["num_experts"], int):
-            given["top_k"] = max(1, min(2, given["num_experts"]))
+            given["top_k"] = default_top_k(given.get("router", "top_k"), given["num_experts"])
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options and the schema version, as JSON can hold them."""
+        """All options and the schema version, as JSON can hold them.
+
+        Raises:
+            ConfigError: for a router that is a class or factory, or has an option without a JSON form.
+        """
+        if not isinstance(self.router, str | RouterSpec):
+            expected = "a name or a moefy.RouterSpec; a class or factory has no JSON form"
+            raise ConfigError("router", got=router_name(self.router), expected=expected)
         values = {name: getattr(self, name) for name in self.field_names()}
         data = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in values.items()}
         return {"schema_version": SCHEMA_VERSION, **data}

@@ -114,7 +114,7 @@ def build_graph_layer(
         if hasattr(model.get_submodule(place.rpartition(".")[0]), "router") or place in routers:
             raise NameClash(first.name, "router", layer=match.record.fqn)
         routers[place] = _router(model, first, config)
-        graph_matches.append(GraphMatch(match, trace, f"{place}.weight", config.top_k))
+        graph_matches.append(GraphMatch(match, trace, place))
     graph, record = ffn_to_moe(model.graph, graph_matches)
     return GraphLayer(graph, modules, parameters, routers, origins), record
 

@@ -19,7 +19,7 @@ Shape letters: T tokens, D model width, H expert hidden width, E experts, K top-
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,38 @@ def top_k_softmax(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, to
     id.
     """
     return ops.top_k_softmax(logits_TE, top_k)
+
+
+def route_by(router: Callable[..., Routing], x: torch.Tensor, *, feature_dim: int = -1) -> Routing:
+    """The routing of ``x`` by a router module: what a rewritten graph calls."""
+    return router(x, feature_dim)
+
+
+def routed_entry(
+    x: torch.Tensor, weight_EOD: torch.Tensor, bias_EO: torch.Tensor | None, routing: Routing
+) -> torch.Tensor:
+    """``expert_entry`` under ``routing``."""
+    axis = routing.feature_dim
+    return expert_entry(
+        x, weight_EOD, bias_EO, routing.order, routing.offsets, routing.top_k, feature_dim=axis
+    )
+
+
+def routed_exit(
+    rows: torch.Tensor, weight_EOH: torch.Tensor, bias_EO: torch.Tensor | None, routing: Routing
+) -> torch.Tensor:
+    """``expert_exit`` under ``routing``, with the tokens that pass through added."""
+    y = expert_exit(
+        rows,
+        weight_EOH,
+        bias_EO,
+        routing.top_k_weights,
+        routing.order,
+        routing.offsets,
+        routing.leading,
+        feature_dim=routing.feature_dim,
+    )
+    return add_residual(y, routing)
 
 
 def expert_entry(
