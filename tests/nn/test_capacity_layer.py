@@ -219,6 +219,32 @@ def test_one_graph_for_all_lengths(capacity: Capacity) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+def test_one_graph_for_all_factors_and_masks() -> None:
+    """Under a checkpoint too, whose recomputation draws the same lots."""
+    moe, counter = layer(Capacity(factor=0.5, drop="random")), CompileCounter()
+
+    def run(x: Tensor, mask: Tensor, factor: float) -> Tensor:
+        forward = lambda x: moe(x, mask=mask, capacity_factor=factor)  # noqa: E731
+        return checkpoint(forward, x, use_reentrant=False)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    for tokens, factor in ((5, 0.5), (9, 0.7), (33, 0.3)):
+        x, mask = torch.randn(2, tokens, D, dtype=torch.float64), torch.rand(2, tokens) < 0.7
+        expected = results(lambda x, m=mask, f=factor: run(x, m, f), moe, x)
+        assert_same(results(lambda x, m=mask, f=factor: compiled(x, m, f), moe, x), expected, 1e-12)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict: bool) -> None:
+    moe, x = layer(Capacity(factor=0.5, residual=True)), torch.randn(6, D, dtype=torch.float64)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(moe, (x,), dynamic_shapes=({0: tokens},), strict=strict)
+    other = torch.randn(11, D, dtype=torch.float64)
+    assert_same([program.module()(other)], [moe(other)], 1e-12)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor_has_the_same_gradients() -> None:
     moe = layer(Capacity(factor=0.5, drop="batch_prioritized", residual=True, renormalize=True))
     x = torch.randn(2, 9, D, dtype=torch.float64)
