@@ -172,7 +172,8 @@ class Router(nn.Module):
             x: the tokens.
             feature_dim: their feature axis.
             top_k: another K for this call.
-            capacity_factor: another capacity factor for this call, 0 (nothing dropped) included.
+            capacity_factor: another capacity factor for this call, 0 (nothing dropped) included. In a compiled graph it
+                is a constant: each value compiles once.
             mask: bool in the leading shape of ``x``, True = a real token. The others go to no expert, take no seat and
                 count in no loss.
             router_index: which router of a ``MultiRouter``; the others have but one.
