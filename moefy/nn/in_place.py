@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from moefy.errors import ConfigError
+from moefy.nn import functional
 from moefy.nn.body import Body
 from moefy.nn.expert_linear import ExpertLinear
 from moefy.nn.moe import MoE
@@ -52,8 +53,10 @@ class InPlaceMoE(MoE):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``[..., D] -> [..., D]``; a pair ``(y, None)`` in the place of a module that returned one."""
         x = self._bind(args, kwargs)
-        y = run_stacked(self, x, self.router(x, self.feature_dim))
+        routing = self.router(x, self.feature_dim)
+        y = run_stacked(self, x, routing)
         y = y if self.tail is None else self.tail(self, y)
+        y = functional.add_residual(y, routing)
         return (y, None) if self.returns == "tuple" else y
 
     def reset_parameters(self) -> None:

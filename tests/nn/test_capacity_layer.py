@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import affine, choose
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -302,6 +302,35 @@ def test_transform(capacity: Any) -> None:
     assert [router.capacity for router in routers] == [Capacity.of(capacity)] * 2
     assert moefy.report(model).config.capacity == capacity
     assert model(x).isfinite().all()
+
+
+class OneFFN(nn.Module):
+    """A block with its FFN as a module, or inline."""
+
+    def __init__(self, inline: bool) -> None:
+        super().__init__()
+        self.norm, self.inline = nn.LayerNorm(D), inline
+        self.fc1, self.fc2 = nn.Linear(D, H), nn.Linear(H, D)
+        self.ffn = None if inline else nn.Sequential(self.fc1, nn.GELU(), self.fc2)
+        if not inline:
+            del self.fc1, self.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        return x + (self.fc2(F.gelu(self.fc1(n))) if self.inline else self.ffn(n))
+
+
+@pytest.mark.parametrize("form", ["module", "inline", "graph"])
+def test_tokens_pass_through_in_every_form(form: str) -> None:
+    model, x = OneFFN(form == "inline"), torch.randn(2, 16, D)
+    norm = copy.deepcopy(model.norm)
+    model = fx.symbolic_trace(model) if form == "graph" else model
+    moefy.transform(model, num_experts=E, capacity=Capacity(factor=0.3, residual=True), example_args=(x,))
+    (router,) = [m for m in model.modules() if isinstance(m, Router)]
+    stranded = (router(norm(x)).top_k_index == E).all(1).view(2, 16)
+    assert 0 < stranded.sum() < 32
+    passed = (model(x) - x - norm(x)).norm(dim=-1)
+    assert passed[stranded].max() < 1e-5 and passed[~stranded].min() > 1e-2
 
 
 def test_transform_without_drops_is_exact() -> None:
