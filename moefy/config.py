@@ -1,7 +1,7 @@
 """``MoEConfig``: everything that decides how a dense FFN becomes a Mixture-of-Experts. Plain, frozen data.
 
 ``RouterSpec`` names a router and its options. Names and options are checked where the routers are known. ``Capacity``
-limits how many tokens an expert takes.
+limits how many tokens an expert takes. ``AuxLoss`` says what is minimised beside the model's own loss.
 
 >>> config = MoEConfig(num_experts=8, top_k=2)
 >>> MoEConfig.from_json(config.to_json()) == config
@@ -206,11 +206,7 @@ class Capacity:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Capacity:
         """The inverse of ``to_dict``; unknown keys are errors."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in data:
-            if name not in known:
-                raise UnknownOption(name, known, where="Capacity")
-        return cls(**data)
+        return _from_fields(cls, data)
 
     @property
     def dropless(self) -> bool:
@@ -220,6 +216,96 @@ class Capacity:
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return dataclasses.asdict(self)
+
+
+BALANCE_NAMES = (
+    "switch",
+    "gshard",
+    "mixtral",
+    "importance",
+    "megatron",
+    "megablocks",
+    "tutel_gshard",
+    "deepspeed",
+    "fastmoe_gshard",
+    "fastmoe_switch",
+)
+AUX_SCOPES = ("micro_batch", "sequence", "global_batch")
+AUX_DELIVERIES = ("auto", "by_hand")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuxLoss:
+    """The auxiliary loss of every layer: ``weight * balance + z_weight * z_loss + router_weight * the router's own``.
+
+    Args:
+        weight: of the balance loss; 0.01 is that of Switch Transformer. A weight of 0 leaves its term out.
+        balance: the balance loss, one of ``BALANCE_NAMES``; ``moefy.nn.losses`` has the formulas. "switch" is canonical.
+        z_weight: of the z-loss; 0.001 in ST-MoE.
+        router_weight: of the sum of the router's own losses ("importance" and "load" of noisy top-k).
+        scope: what the balance loss is taken over. "micro_batch": the tokens of one forward on one rank. "sequence":
+            each sequence by itself, then the mean over them. "global_batch": expert counts summed over the ranks.
+        batch_dim: with "sequence", the axis of the hidden states that counts sequences: 0, or 1 where time comes first.
+        delivery: "auto": an unchanged training loop minimises it; ``l_aux`` is there to look at, without a graph.
+            "by_hand": nobody adds it for you; ``l_aux`` and ``moefy.aux_loss(model)`` have a graph.
+    """
+
+    weight: float = 0.01
+    balance: str = "switch"
+    z_weight: float = 0.0
+    router_weight: float = 0.0
+    scope: str = "micro_batch"
+    batch_dim: int = 0
+    delivery: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their domain."""
+        for name in ("weight", "z_weight", "router_weight"):
+            value = getattr(self, name)
+            if not _is_finite(value) or value < 0:
+                raise ConfigError(f"aux_loss.{name}", got=value, expected="a finite number >= 0")
+        choices = {"balance": BALANCE_NAMES, "scope": AUX_SCOPES, "delivery": AUX_DELIVERIES}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                expected = f"one of {list(known)}{suggest(str(value), known)}"
+                raise ConfigError(f"aux_loss.{name}", got=value, expected=expected)
+        if not _is_int(self.batch_dim, 0):
+            raise ConfigError("aux_loss.batch_dim", got=self.batch_dim, expected="an int >= 0")
+        if (self.balance, self.scope) == ("importance", "global_batch"):
+            expected = '"micro_batch" or "sequence": importance counts no slots to sum over ranks'
+            raise ConfigError("aux_loss.scope", got=self.scope, expected=expected)
+
+    @classmethod
+    def of(cls, aux_loss: float | AuxLoss | None) -> AuxLoss | None:
+        """``aux_loss`` itself, or the canonical balance loss of that weight.
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        if aux_loss is None or isinstance(aux_loss, AuxLoss):
+            return aux_loss
+        if not _is_finite(aux_loss):
+            raise ConfigError("aux_loss", got=aux_loss, expected="a number, a moefy.AuxLoss or None")
+        return cls(weight=aux_loss)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AuxLoss:
+        """The inverse of ``to_dict``; unknown keys are errors."""
+        return _from_fields(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _from_fields(cls: Any, data: dict[str, Any]) -> Any:
+    """The dataclass of these fields."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in data:
+        if name not in known:
+            raise UnknownOption(name, known, where=cls.__name__)
+    return cls(**data)
 
 
 def _is_finite(value: Any) -> bool:
@@ -247,6 +333,8 @@ class MoEConfig:
             tokens to logits; see ``moefy.nn.routers``. The last two have no JSON form.
         capacity: how many tokens an expert takes: a capacity factor, or a ``Capacity`` with options. ``None`` drops no
             token.
+        aux_loss: the auxiliary loss of every layer: the weight of the canonical balance loss, or an ``AuxLoss`` with
+            options. ``None`` adds none.
     """
 
     num_experts: int
@@ -256,6 +344,7 @@ class MoEConfig:
     expert_noise: float = 0.0
     router: str | RouterSpec | Callable[..., Any] = "top_k"
     capacity: float | Capacity | None = None
+    aux_loss: float | AuxLoss | None = None
 
     def __post_init__(self) -> None:
         """Refuse values outside their domain."""
@@ -280,6 +369,7 @@ class MoEConfig:
             expected = "a name, a moefy.RouterSpec, or a class or factory, which makes one router per layer"
             raise ConfigError("router", got=self.router, expected=expected)
         Capacity.of(self.capacity)
+        AuxLoss.of(self.aux_loss)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -337,6 +427,8 @@ class MoEConfig:
             options["router"] = RouterSpec.from_dict(options["router"])
         if isinstance(options.get("capacity"), dict):
             options["capacity"] = Capacity.from_dict(options["capacity"])
+        if isinstance(options.get("aux_loss"), dict):
+            options["aux_loss"] = AuxLoss.from_dict(options["aux_loss"])
         return cls(**options)
 
     def to_json(self) -> str:
