@@ -113,7 +113,7 @@ def build_graph_layer(
         place = f"{first.owner}.router" if first.owner else "router"
         if hasattr(model.get_submodule(place.rpartition(".")[0]), "router") or place in routers:
             raise NameClash(first.name, "router", layer=match.record.fqn)
-        routers[place] = _router(model, first, config)
+        routers[place] = _router(model, first, config).train(model.training)
         graph_matches.append(GraphMatch(match, trace, place))
     graph, record = ffn_to_moe(model.graph, graph_matches)
     return GraphLayer(graph, modules, parameters, routers, origins), record

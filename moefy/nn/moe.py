@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moefy.config import Capacity, RouterSpec
+from moefy.config import Capacity, default_top_k
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional, token_tree
 from moefy.nn.activation import Activation, body_of
@@ -28,7 +28,7 @@ from moefy.nn.expert_linear import ExpertLinear
 from moefy.nn.experts import ExpertList, Experts, make_experts, size
 from moefy.nn.pre_score import sum_slots, weight_inputs
 from moefy.nn.replacement import replace_rows, routed_mask
-from moefy.nn.routers import Router, make_router
+from moefy.nn.routers import Router, RouterLike, make_router
 from moefy.nn.routing import Routing
 from moefy.nn.seeding import seeded
 from moefy.nn.shared_experts import DenseFFN, shared_output
@@ -48,7 +48,7 @@ class MoE(nn.Module):
         d_model: D, the width of a token.
         d_hidden: H, the hidden width of one expert; not needed with ``experts``.
         num_experts: E, the global number; not needed where ``experts`` is a list.
-        top_k: K, experts per token, 1 to E.
+        top_k: K, experts per token, 1 to E; by default the router's own, which is 2 for most.
         activation: a key of ``moefy.ops.ACTIVATIONS`` ("gelu", "gelu_tanh", "relu", "silu", ...), a function, or an
             ``nn.Module``, which all experts share and which may have parameters.
         glu: gated experts, ``down(act(gate(x)) * up(x))`` (Shazeer 2020) instead of ``down(act(up(x)))``.
@@ -57,7 +57,8 @@ class MoE(nn.Module):
             modules and factories, which may differ; or one ``nn.Module`` for all, called with ``(rows, offsets_E)``,
             the rows sorted by expert (``moefy.ops.grouped_linear`` takes just these). See ``moefy.nn.experts``.
         d_out: the width of the experts' output; by default D.
-        router: a name, a ``moefy.RouterSpec`` (a name with options), or a ``moefy.nn.Router`` of these sizes.
+        router: a name, a ``moefy.RouterSpec`` (a name with options), a ``moefy.nn.Router`` of these sizes, its class, a
+            factory, or any module from tokens to logits: see ``moefy.nn.routers``.
         shared_experts: how many experts every token passes beside its own (0: none), or a module of one's own.
         shared_hidden: the hidden width of one shared expert; by default H.
         shared_gate: whether a sigmoid of a linear of the token multiplies what the shared experts add (Qwen2-MoE).
@@ -104,13 +105,13 @@ class MoE(nn.Module):
         d_hidden: int | None = None,
         num_experts: int | None = None,
         *,
-        top_k: int = 2,
+        top_k: int | None = None,
         activation: Activation = "gelu",
         glu: bool = False,
         bias: bool | None = None,
         experts: Experts | None = None,
         d_out: int | None = None,
-        router: str | RouterSpec | Router = "top_k",
+        router: RouterLike = "top_k",
         shared_experts: int | nn.Module = 0,
         shared_hidden: int | None = None,
         shared_gate: bool = False,
@@ -135,6 +136,8 @@ class MoE(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         with seeded(expert_seed, "experts", device):
             self.num_experts = self._make_experts(experts, d_hidden, num_experts, ffn, like)
+        if top_k is None:
+            top_k = router.top_k if isinstance(router, Router) else default_top_k(router, self.num_experts)
         self.router = make_router(router, d_model, self.num_experts, top_k, seed=seed, **like)
         if capacity is not None:
             self.router.capacity = Capacity.of(capacity)
