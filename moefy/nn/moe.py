@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moefy.config import Capacity, default_top_k
+from moefy.config import AuxLoss, Capacity, RouterSpec, default_top_k
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional, token_tree
 from moefy.nn.activation import Activation, body_of
@@ -58,16 +58,20 @@ class MoE(nn.Module):
             the rows sorted by expert (``moefy.ops.grouped_linear`` takes just these). See ``moefy.nn.experts``.
         d_out: the width of the experts' output; by default D.
         router: a name, a ``moefy.RouterSpec`` (a name with options), a ``moefy.nn.Router`` of these sizes, its class, a
-            factory, or any module from tokens to logits: see ``moefy.nn.routers``.
+            factory, or any module from tokens to logits: see ``moefy.nn.routers``. A list of such: several routers over
+            the same experts, of which a call picks one by ``router_index``.
         shared_experts: how many experts every token passes beside its own (0: none), or a module of one's own.
         shared_hidden: the hidden width of one shared expert; by default H.
         shared_gate: whether a sigmoid of a linear of the token multiplies what the shared experts add (Qwen2-MoE).
         weighting: "output": the routing weight multiplies an expert's output. "input": its input (Tutel's
             ``is_postscore=False``).
         capacity: a ``moefy.Capacity`` or its factor; by default nothing is dropped.
+        aux_loss: a ``moefy.AuxLoss`` or the weight of the canonical balance loss; by default there is none. Its value
+            is ``l_aux``; ``moefy.deliver_aux_loss(model)`` puts it into the gradients of an unchanged training loop.
         reserve_dims: how many trailing axes of the input form one token; their product is D. Experts of one's own get
             them as they are, FFNs as one axis.
-        seed: seeds the router and the shared experts, which every rank draws alike; give each layer its own.
+        seed: seeds the router, and the shared experts when it is given, which every rank then draws alike; give each
+            layer its own. By default 0 for the router, and shared experts draw from the global generator.
         expert_seed: seeds the experts; by default they draw from the global generator as ``nn.Linear`` does.
         device: where the parameters live.
         dtype: their dtype.
@@ -111,14 +115,15 @@ class MoE(nn.Module):
         bias: bool | None = None,
         experts: Experts | None = None,
         d_out: int | None = None,
-        router: RouterLike = "top_k",
+        router: RouterLike | Sequence[RouterLike] = "top_k",
         shared_experts: int | nn.Module = 0,
         shared_hidden: int | None = None,
         shared_gate: bool = False,
         weighting: Literal["output", "input"] = "output",
         capacity: float | Capacity | None = None,
+        aux_loss: float | AuxLoss | None = None,
         reserve_dims: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         expert_seed: int | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -136,11 +141,15 @@ class MoE(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         with seeded(expert_seed, "experts", device):
             self.num_experts = self._make_experts(experts, d_hidden, num_experts, ffn, like)
+        if isinstance(router, Sequence) and not isinstance(router, str):
+            router = RouterSpec("multi", routers=tuple(router))
         if top_k is None:
             top_k = router.top_k if isinstance(router, Router) else default_top_k(router, self.num_experts)
-        self.router = make_router(router, d_model, self.num_experts, top_k, seed=seed, **like)
+        self.router = make_router(router, d_model, self.num_experts, top_k, seed=seed or 0, **like)
         if capacity is not None:
             self.router.capacity = Capacity.of(capacity)
+        if aux_loss is not None:
+            self.router.aux_loss = AuxLoss.of(aux_loss)
         with seeded(seed, "shared_experts", device):
             self._make_shared(shared_experts, shared_hidden or d_hidden, shared_gate, ffn, like)
 
@@ -235,6 +244,11 @@ class MoE(nn.Module):
     def top_k(self) -> int:
         """K, experts per token."""
         return self.router.top_k
+
+    @property
+    def l_aux(self) -> Tensor | None:
+        """The weighted auxiliary loss of the last training forward; ``None`` without ``aux_loss`` and after others."""
+        return self.router.l_aux
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
         """The router's parameters."""

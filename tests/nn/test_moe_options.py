@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import moefy
+from moefy import RouterSpec
 from moefy.errors import ConfigError, DtypeError, ShapeError
 from moefy.nn import MoE, Router
 from nn.blocks import assert_same, results
@@ -26,7 +27,8 @@ def layer(**options: Any) -> MoE:
     """A float64 layer whose router spreads its weights."""
     moe = MoE(D, H, E, **{"dtype": torch.float64, **options})
     with torch.no_grad():
-        moe.router.weight.mul_(50)
+        for parameter in moe.router_parameters():
+            parameter.mul_(50)
     return moe.to(options.get("dtype", torch.float64))
 
 
@@ -294,3 +296,33 @@ def test_bad_options(options: Any, option: str) -> None:
 def test_a_tree_needs_experts_of_its_own() -> None:
     with pytest.raises(ShapeError, match="dict"):
         layer()({"x": tokens()})
+
+
+def test_several_routers_over_the_same_experts() -> None:
+    moe, x = layer(router=["top_k", RouterSpec("sigmoid", top_k=1)]), tokens()
+    singles = [
+        MoE(D, H, E, router=moe.router.routers[i], top_k=(K, 1)[i], dtype=torch.float64) for i in range(2)
+    ]
+    for index, single in enumerate(singles):
+        experts = {n: v for n, v in moe.state_dict().items() if not n.startswith("router")}
+        single.load_state_dict(experts, strict=False)
+        assert_same([moe(x, router_index=index)], [single(x)], 1e-12)
+    assert_same([moe(x)], [singles[0](x)], 1e-12)
+    assert len(list(moe.router_parameters())) == 2
+    with pytest.raises(ConfigError, match="router_index"):
+        moe(x, router_index=2)
+
+
+def test_the_auxiliary_loss_of_the_layer() -> None:
+    moe, x = layer(aux_loss=moefy.AuxLoss(weight=0.5, delivery="by_hand")), tokens(7)
+    assert layer().l_aux is None
+    moe(x)
+    scores = torch.softmax(x @ moe.router.weight.t(), -1)
+    slots = torch.zeros(E, dtype=torch.float64)
+    for row in scores.tolist():
+        for e in choose(torch.tensor(row), K):
+            slots[e] += 1 / (7 * K)
+    assert_same([moe.l_aux], [0.5 * E * (slots * scores.mean(0)).sum()], 1e-12)
+    moe.l_aux.backward()
+    assert moe.router.weight.grad.any()
+    assert layer(aux_loss=0.25).router.aux_loss == moefy.AuxLoss(weight=0.25)
