@@ -22,6 +22,7 @@ _PUBLIC = {
     "MoE": "moefy.nn",
     "MoEConfig": "moefy.config",
     "RouterSpec": "moefy.config",
+    "Capacity": "moefy.config",
     "FFNMatch": "moefy.records",
     "LayerRecord": "moefy.records",
     "PassRecord": "moefy.records",
@@ -30,6 +31,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Capacity",
     "FFNMatch",
     "LayerRecord",
     "MoE",
@@ -47,7 +49,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moefy import errors
-    from moefy.config import MoEConfig, RouterSpec
+    from moefy.config import Capacity, MoEConfig, RouterSpec
     from moefy.nn import MoE
     from moefy.records import FFNMatch, LayerRecord, PassRecord
     from moefy.revert import undo

@@ -107,7 +107,8 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("target", metavar="TARGET", help="MODULE:FACTORY, or a config.json (below)")
     number = {"type": int, "metavar": "N"}
     parser.add_argument("-e", "--num-experts", default=8, **number, help="per layer; default 8")
-    parser.add_argument("-k", "--top-k", **number, help="experts per token; default 2")
+    parser.add_argument("-k", "--top-k", **number, help="experts per token; default 2, or the router's own")
+    parser.add_argument("--router", metavar="NAME", help="of moefy.nn.routers; default top_k")
     glob = {"action": "append", "metavar": "GLOB"}
     parser.add_argument("--include", **glob, help="only layers whose name matches (repeatable)")
     parser.add_argument("--exclude", **glob, help="no layer whose name matches (repeatable)")
@@ -145,6 +146,7 @@ def _run_report(args: argparse.Namespace) -> tuple[str, int]:
         args.target,
         num_experts=args.num_experts,
         top_k=args.top_k,
+        router=args.router,
         include=args.include,
         exclude=args.exclude,
         passes=args.passes,

@@ -141,6 +141,16 @@ class BackendError(MoefyError, RuntimeError):
     """``torch.compile(backend="moefy")`` cannot do what its options ask for."""
 
 
+class ParallelismNeeded(MoefyError, NotImplementedError):
+    """A layer of ``moefy.compat`` was asked to spread over several processes, which it does not do itself."""
+
+    def __init__(self, what: str, size: int) -> None:
+        super().__init__(
+            f"{what}: {size} processes; the layers of moefy.compat run in one. Expert parallelism comes with "
+            "moefy.parallelize, on a model built of moefy.MoE or by moefy.transform"
+        )
+
+
 class UsageError(MoefyError, ValueError):
     """A command line that cannot be understood."""
 

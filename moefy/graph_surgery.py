@@ -15,7 +15,7 @@ from torch import fx, nn
 from moefy.config import MoEConfig
 from moefy.errors import NameClash
 from moefy.nn import ExpertLinear, Router
-from moefy.nn.routers import make_router
+from moefy.nn.routers import configured_router
 from moefy.nn.upcycling import Origin, stack
 from moefy.passes.ffn_to_moe import GraphMatch, ffn_to_moe
 from moefy.passes.linears import LinearSite
@@ -113,8 +113,8 @@ def build_graph_layer(
         place = f"{first.owner}.router" if first.owner else "router"
         if hasattr(model.get_submodule(place.rpartition(".")[0]), "router") or place in routers:
             raise NameClash(first.name, "router", layer=match.record.fqn)
-        routers[place] = _router(model, first, config)
-        graph_matches.append(GraphMatch(match, trace, f"{place}.weight", config.top_k))
+        routers[place] = _router(model, first, config).train(model.training)
+        graph_matches.append(GraphMatch(match, trace, place))
     graph, record = ffn_to_moe(model.graph, graph_matches)
     return GraphLayer(graph, modules, parameters, routers, origins), record
 
@@ -168,10 +168,7 @@ def _stack_site(
 
 
 def _router(model: fx.GraphModule, entry: LinearSite, config: MoEConfig) -> Router:
-    weight = model.get_parameter(entry.weight)
-    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    options: dict[str, Any] = {"std": config.router_std, "seed": config.seed, "fqn": entry.name}
-    return make_router(config.router, entry.in_features, config.num_experts, config.top_k, **options, **like)
+    return configured_router(config, entry.in_features, entry.name, model.get_parameter(entry.weight))
 
 
 def _put_graph(model: fx.GraphModule, graph: fx.Graph) -> None:

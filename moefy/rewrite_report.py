@@ -19,12 +19,14 @@ from textwrap import wrap
 from typing import Any
 
 from moefy import tables
-from moefy.config import MoEConfig
+from moefy.config import MoEConfig, router_name
 from moefy.environment import SCHEMA_VERSION, environment
 from moefy.folding import fold
 from moefy.records import LayerRecord, PassRecord
 from moefy.report_tables import layers_table, passes_table, skipped_table, totals_table
 
+NOT_EXACT = "not exact"
+"""``LayerRecord.exactness`` of a layer whose router departs from the dense FFN by itself."""
 _UNITS = {"flops_dense": "flops_per_token_dense", "flops_active": "flops_per_token_active"}
 
 
@@ -154,6 +156,8 @@ class RewriteReport:
             return f"{networks} can become a Mixture-of-Experts{skipped}"
         verb = "would become" if self.dry_run else "became"
         experts = f"{self.config.num_experts} experts, top-{self.config.top_k}"
+        name = router_name(self.config.router)
+        experts += f", router {name}" if name != "top_k" else ""
         return f"{networks} {verb} a Mixture-of-Experts ({experts}){skipped}"
 
     def _footer(self) -> list[str]:
@@ -175,7 +179,9 @@ class RewriteReport:
         tolerance = self.check_tolerance
         within = f"; tolerance {tolerance:.0e}" if tolerance is not None else ""
         verb = "match" if tolerance is None or error <= tolerance else "DIFFER from"
-        return f"outputs {verb} the dense model to {error:.1e} (relative norm, {self.dtype}{within})"
+        aside = any(layer.exactness == NOT_EXACT for layer in self.layers)
+        subject = "with even weights in the place of the router's, outputs" if aside else "outputs"
+        return f"{subject} {verb} the dense model to {error:.1e} (relative norm, {self.dtype}{within})"
 
     def _totals(self) -> dict[str, Any]:
         return {

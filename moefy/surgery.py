@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moefy.config import MoEConfig
 from moefy.errors import NameClash
 from moefy.nn import Body, EntryLinear, ExitLinear, ExpertLinear, FFNLink, MoE, Router, WeightRef
-from moefy.nn.routers import make_router
+from moefy.nn.routers import configured_router
 from moefy.nn.upcycling import Origin, stack
 from moefy.passes.linears import LinearSite
 from moefy.passes.match_ffn import Match
@@ -298,10 +298,7 @@ def _router(model: nn.Module, region: Region, config: MoEConfig, place: str, lay
     if hasattr(model.get_submodule(place), "router"):
         raise NameClash(place, "router", layer=layer)
     weight = model.get_parameter(region.entries[0].weight)
-    width = region.entries[0].in_features
-    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    options: dict[str, Any] = {"std": config.router_std, "seed": config.seed, "fqn": place}
-    return make_router(config.router, width, config.num_experts, config.top_k, **options, **like)
+    return configured_router(config, region.entries[0].in_features, place, weight)
 
 
 def feature_dim(region: Region) -> int:

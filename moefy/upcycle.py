@@ -7,22 +7,25 @@ was.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
 
-from moefy.check import Comparison, compare
-from moefy.config import MoEConfig
+from moefy.check import Comparison, compare, even_routing
+from moefy.config import MoEConfig, router_name
 from moefy.errors import AlreadyTransformed, CheckFailed, ConfigError, NoFFNFound, UnknownOption
 from moefy.graph_surgery import GraphLayer, build_graph_layer
+from moefy.nn import Router
+from moefy.nn.routers import check_router, configured_router
 from moefy.nn.upcycling import add_noise
 from moefy.passes.match_ffn import Match
 from moefy.progress import progress
 from moefy.quiet import quiet
 from moefy.records import FFNMatch, LayerRecord, PassRecord, Selection
-from moefy.rewrite_report import RewriteReport
+from moefy.rewrite_report import NOT_EXACT, RewriteReport
 from moefy.surgery import Layer, ModelIndex, Shell, build_layer
 from moefy.survey import Survey, select, survey
 
@@ -45,7 +48,8 @@ def transform(
     """Turn every feed-forward network of ``model`` into a Mixture-of-Experts, in place.
 
     Experts are copies of the dense FFN and each token's weights sum to 1, so the output does not change: Sparse
-    Upcycling (Komatsuzaki et al. 2022). Do this before the optimizer, DDP, FSDP or ``torch.compile``.
+    Upcycling (Komatsuzaki et al. 2022). With a router whose weights do not, it does change, and the report says so. Do
+    this before the optimizer, DDP, FSDP or ``torch.compile``.
 
     Args:
         model: any ``nn.Module`` or ``fx.GraphModule``.
@@ -56,8 +60,9 @@ def transform(
         example_kwargs: keyword inputs of one forward.
         include: FQN globs, or a predicate over ``FFNMatch``: rewrite these only.
         exclude: FQN globs, or a predicate: leave these dense.
-        check: compare the new output with the dense one; costs a forward of each.
-        **options: further fields of ``MoEConfig`` (``seed``, ``router_std``, ``expert_noise``).
+        check: compare the new output with the dense one; costs a forward of each. A router whose weights do not sum to
+            1 is set aside for it.
+        **options: further fields of ``MoEConfig`` (``router``, ``seed``, ``router_std``, ``expert_noise``).
 
     Returns:
         ``model``.
@@ -69,6 +74,7 @@ def transform(
         ConfigError, UnknownOption, PatternError, NameClash, ExampleInputsNeeded, ModelForwardError: see each.
     """
     config = MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
+    check_router(config)
     root = bare_module(model)
     refuse_transformed(root)
     refuse_sharded(root)
@@ -90,9 +96,11 @@ def rewrite_survey(
     matches = select(found.matches, include, exclude)
     if not any(m.record.accepted for m in matches):
         raise NoFFNFound(type(root).__name__, [m.record for m in matches])
-    dense_params = count_parameters(root)
+    dense_params, planned = count_parameters(root), planned_routers(matches, config)
     verdict, records = _rewrite(root, found, matches, config, check)
-    report_ = make_report(root, found, matches, config, dense_params, verdict, records, dry_run=False)
+    report_ = make_report(
+        root, found, matches, config, planned, dense_params, verdict, records, dry_run=False
+    )
     root.__dict__["_moefy_report"] = report_
     return report_
 
@@ -144,7 +152,10 @@ def report(
     resolved = _optional_config(config, num_experts, top_k, options)
     found = survey(root, example_args, example_kwargs)
     matches = select(found.matches, include, exclude)
-    return make_report(root, found, matches, resolved, count_parameters(root), None, (), dry_run=True)
+    planned = planned_routers(matches, resolved)
+    return make_report(
+        root, found, matches, resolved, planned, count_parameters(root), None, (), dry_run=True
+    )
 
 
 def make_report(
@@ -152,6 +163,7 @@ def make_report(
     found: Survey,
     matches: list[Match],
     config: MoEConfig | None,
+    planned: dict[str, Router],
     params_dense: int,
     verdict: Comparison | None,
     passes: tuple[PassRecord, ...],
@@ -159,7 +171,9 @@ def make_report(
     dry_run: bool,
 ) -> RewriteReport:
     """The report of a survey and what followed it."""
-    layers = tuple(layer_record(m.record, config, verdict) for m in matches)
+    layers = tuple(layer_record(m.record, config, planned.get(m.record.exit), verdict) for m in matches)
+    if config is not None and callable(config.router):  # a name has a JSON form, and pickles
+        config = dataclasses.replace(config, router=router_name(config.router))
     rewritten = [layer for layer in layers if layer.action == "moe"]
     added = sum(layer.params_total - layer.params_dense for layer in rewritten)
     active = sum(layer.params_active - layer.params_dense for layer in rewritten)
@@ -180,18 +194,33 @@ def make_report(
         check_tolerance=verdict.tolerance if verdict is not None else None,
         passes=passes,
         unseen=tuple(found.unseen),
-        warnings=_warnings(config, layers),
+        warnings=_warnings(config, layers, planned),
     )
 
 
-def layer_record(match: FFNMatch, config: MoEConfig | None, verdict: Comparison | None = None) -> LayerRecord:
+def planned_routers(matches: list[Match], config: MoEConfig | None) -> dict[str, Router]:
+    """The routers of the accepted FFNs, by the FFN's exit; without memory, to be looked at."""
+    if config is None:
+        return {}
+    like, planned = torch.empty(0, device="meta"), {}
+    for record in (m.record for m in matches if m.record.accepted):
+        place = record.fqn if record.form == "module" else record.entries[0]
+        planned[record.exit] = configured_router(config, record.d_model, place, like)
+    return planned
+
+
+def layer_record(
+    match: FFNMatch, config: MoEConfig | None, planned: Router | None, verdict: Comparison | None = None
+) -> LayerRecord:
     """The numbers of one candidate. FLOPs are per token and forward: 2 per multiply-add, the router included."""
     experts, top_k = (config.num_experts, config.top_k) if config is not None else (1, 1)
     moe = match.accepted and config is not None
-    router = experts * match.d_model if moe else 0
+    router = count_parameters(planned) if planned is not None else 0
     flops = 2 * match.multiply_adds * match.calls
     exactness = "-"
-    if moe:
+    if planned is not None and planned.departure() is not None:
+        exactness = NOT_EXACT
+    elif moe:
         exactness = "exact" if verdict is None else f"exact {verdict.error:.0e}"
     return LayerRecord(
         fqn=match.fqn,
@@ -257,7 +286,9 @@ def _verify(found: Survey, accepted: list[Match]) -> Comparison | None:
     for part in found.parts:
         if part.trace.outputs is None:
             continue
-        with quiet(part.module):
+        routers = [m for m in part.module.modules() if isinstance(m, Router)]
+        aside = [r for r in routers if r.departure() is not None or not r.self_contained]
+        with quiet(part.module), even_routing(aside):
             verdict = compare(part.outputs, part.module(*part.inputs.args, **part.inputs.kwargs), dtype)
         if not verdict.passed:
             raise CheckFailed(verdict.error, verdict.tolerance, verdict.dtype, verdict.where)
@@ -334,10 +365,19 @@ def _optional_config(
             raise UnknownOption(name, MoEConfig.field_names(), where="MoEConfig")
     if config is None and num_experts is None:
         return None
-    return MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
+    resolved = MoEConfig.resolve(config, num_experts=num_experts, top_k=top_k, **options)
+    check_router(resolved)
+    return resolved
 
 
-def _warnings(config: MoEConfig | None, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
+def _warnings(
+    config: MoEConfig | None, layers: tuple[LayerRecord, ...], planned: dict[str, Router]
+) -> tuple[str, ...]:
+    reasons = dict.fromkeys(router.departure() for router in planned.values())
+    departures = [reason for reason in reasons if reason is not None]
+    if config is not None and departures:
+        name, why = router_name(config.router), "; ".join(departures)
+        return (f"router {name!r}: {why}, so the output differs from the dense model's from the start",)
     if config is None or config.num_experts == 1 or config.expert_noise > 0:
         return ()
     if not any(layer.action == "moe" for layer in layers):

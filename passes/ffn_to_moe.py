@@ -1,16 +1,16 @@
 """The pass that writes MoE into a caller's graph: entry, body and exit nodes become routed ones.
 
     linear(x, w1) -> gelu -> linear(., w2)
-    router_weight -> route(x) -> expert_entry(x, W1, ...) -> gelu -> expert_exit(., W2, ...)
+    router -> routing = route_by(router, x) -> routed_entry(x, W1, ., routing) -> gelu -> routed_exit(., W2, ., routing)
 
-The weights are ``get_attr`` nodes under their dense FQNs, which by then hold stacked experts. Preserves numerics to
-rounding when the experts are copies.
+The router is a ``get_attr`` node of its module, so that any router does. The weights are ``get_attr`` nodes under their
+dense FQNs, which by then hold stacked experts. Preserves numerics to rounding when the experts are copies and the
+router's weights sum to 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -30,12 +30,11 @@ NAME = "ffn_to_moe"
 
 @dataclasses.dataclass(frozen=True)
 class GraphMatch:
-    """One FFN of the graph, the trace that it was found in, and where its router's weight will be."""
+    """One FFN of the graph, the trace that it was found in, and where its router will be."""
 
     match: Match
     trace: Trace
     router: str
-    top_k: int
 
 
 def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph, PassRecord]:
@@ -72,21 +71,18 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
     last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
     with graph.inserting_before(last):
         router = graph.get_attr(match.router)
-        routed = _leaf(graph, functional.route, (x, router, match.top_k), {"feature_dim": axis})
-        weights, order, offsets = (graph.call_function(operator.getitem, (routed, i)) for i in range(3))
-        rows = []
-        for entry in region.entries:
-            linear = _weights(graph, entry.weight, entry.bias)
-            args = (x, *linear, order, offsets, match.top_k)
-            rows.append(_leaf(graph, functional.expert_entry, args, {"feature_dim": axis}))
+        routing = _leaf(graph, functional.route_by, (router, x), {"feature_dim": axis})
+        rows = [
+            _leaf(graph, functional.routed_entry, (x, *_weights(graph, entry.weight, entry.bias), routing))
+            for entry in region.entries
+        ]
         body = body_graph(match.trace, region, "")
         inner: dict[fx.Node, fx.Node] = dict(
             zip((n for n in body.nodes if n.op == "placeholder"), rows, strict=True)
         )
         hidden = graph.graph_copy(body, inner)
         linear = _weights(graph, region.exit.weight, region.exit.bias)
-        args = (hidden, *linear, weights, order, offsets, x)
-        out = _leaf(graph, functional.expert_exit, args, {"feature_dim": axis})
+        out = _leaf(graph, functional.routed_exit, (hidden, *linear, routing))
     last.replace_all_uses_with(out)
     return last
 
@@ -103,7 +99,9 @@ def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _leaf(graph: fx.Graph, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+def _leaf(
+    graph: fx.Graph, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
     """A call that stays one node when the graph is traced again, as unpickling a GraphModule does."""
     node = graph.call_function(function, args, kwargs)
     node.meta["is_wrapped"] = True

@@ -6,10 +6,11 @@ They know ``moefy.ops`` and nothing above it; ``functional`` is the core that al
 from moefy.nn.body import Body, KnownBody
 from moefy.nn.entry_exit import EntryLinear, ExitLinear, FFNLink
 from moefy.nn.expert_linear import ExpertLinear
-from moefy.nn.moe import MoE, WeightRef
+from moefy.nn.moe import MoE
 from moefy.nn.routed_rows import RoutedRows
 from moefy.nn.routers import Router
 from moefy.nn.routing import Choice, Routing
+from moefy.nn.stacked_ffn import WeightRef
 
 __all__ = [
     "Body",

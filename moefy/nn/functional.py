@@ -19,13 +19,14 @@ Shape letters: T tokens, D model width, H expert hidden width, E experts, K top-
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from moefy import ops
 from moefy.errors import RoutingError, ShapeError
+from moefy.nn.capacity import Seats
 from moefy.nn.routing import Choice, Routing
 from moefy.ops.library import AUTOCAST_DEVICES
 
@@ -61,19 +62,46 @@ def router_logits(x: torch.Tensor, weight_ED: torch.Tensor, feature_dim: int = -
         return torch.mm(as_tokens(x, feature_dim).to(dtype), weight_ED.to(dtype).t())
 
 
-def make_routing(x: torch.Tensor, choice: Choice, num_experts: int, feature_dim: int = -1) -> Routing:
-    """The ``Routing`` of ``x`` by ``choice``: its slots sorted by expert."""
-    order_N, offsets_E = ops.sort_by_expert(choice.index, num_experts)
+def make_routing(
+    x: torch.Tensor, choice: Choice, num_experts: int, feature_dim: int = -1, seats: Seats | None = None
+) -> Routing:
+    """The ``Routing`` of ``x`` by ``choice``: its slots, or those that kept their ``seats``, sorted by expert."""
+    kept = choice if seats is None else seats
+    order_N, offsets_E = ops.sort_by_expert(kept.index, num_experts)
+    stranded_T = None if seats is None else seats.stranded
+    residual_TD = None
+    if stranded_T is not None:
+        residual_TD = as_tokens(x, feature_dim).masked_fill(~stranded_T.unsqueeze(1), 0.0)
     return Routing(
-        top_k_index=choice.index,
-        top_k_weights=choice.weights,
+        top_k_index=kept.index,
+        top_k_weights=kept.weights,
         order=order_N,
         offsets=offsets_E,
         choice=choice,
         leading=leading_shape(x, feature_dim),
         top_k=choice.index.shape[1],
         feature_dim=feature_dim,
+        capacity=None if seats is None else seats.capacity,
+        residual=residual_TD,
     )
+
+
+def add_residual(y: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """``y``, with the tokens that pass through in the place of those that capacity left without any expert.
+
+    Raises:
+        ShapeError: when the experts changed the width, so that a token cannot pass.
+    """
+    if routing.residual is None:
+        return y
+    flat = y.dim() == 2 and len(routing.leading) > 1
+    x = routing.residual if flat else from_tokens(routing.residual, routing.leading, routing.feature_dim)
+    if x.shape != y.shape:
+        raise ShapeError(
+            f"a token without a seat cannot pass through experts that make {tuple(y.shape)} of {tuple(x.shape)}; "
+            "use a Capacity with residual=False"
+        )
+    return y + x.to(y.dtype)
 
 
 def top_k_softmax(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,6 +111,38 @@ def top_k_softmax(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, to
     id.
     """
     return ops.top_k_softmax(logits_TE, top_k)
+
+
+def route_by(router: Callable[..., Routing], x: torch.Tensor, *, feature_dim: int = -1) -> Routing:
+    """The routing of ``x`` by a router module: what a rewritten graph calls."""
+    return router(x, feature_dim)
+
+
+def routed_entry(
+    x: torch.Tensor, weight_EOD: torch.Tensor, bias_EO: torch.Tensor | None, routing: Routing
+) -> torch.Tensor:
+    """``expert_entry`` under ``routing``."""
+    axis = routing.feature_dim
+    return expert_entry(
+        x, weight_EOD, bias_EO, routing.order, routing.offsets, routing.top_k, feature_dim=axis
+    )
+
+
+def routed_exit(
+    rows: torch.Tensor, weight_EOH: torch.Tensor, bias_EO: torch.Tensor | None, routing: Routing
+) -> torch.Tensor:
+    """``expert_exit`` under ``routing``, with the tokens that pass through added."""
+    y = expert_exit(
+        rows,
+        weight_EOH,
+        bias_EO,
+        routing.top_k_weights,
+        routing.order,
+        routing.offsets,
+        routing.leading,
+        feature_dim=routing.feature_dim,
+    )
+    return add_residual(y, routing)
 
 
 def expert_entry(

@@ -1,114 +1,157 @@
 """``MoE``: a feed-forward network as E experts behind a router, one ``nn.Module`` from tokens to tokens.
 
 Contract: ``y[t] = sum_k w[t, k] * expert[e[t, k]](x[t])`` over each token's K experts; any leading
-shape, T = 0 included. With equal experts it equals the dense FFN, since the weights of a token sum to 1.
-Two ways to make one:
+shape, T = 0 included. With equal experts it equals the dense FFN, when the weights of a token sum to 1.
 
-    MoE(512, 2048, num_experts=8)                 the layer by itself: gate_proj, up_proj, down_proj, router
+    MoE(512, 2048, num_experts=8)                              a layer: gate_proj, up_proj, down_proj, router
+    MoE(512, num_experts=8, experts=lambda: MyExpert(512))     experts of one's own
     MoE.from_parts(entries=[WeightRef("fc1.weight", "fc1.bias")], exit=..., body=..., router=...)
-                                                  in the place of a user's FFN, its parameters under their old names
+                                                               in the place of a user's FFN, under its names
+
+Shape letters: T tokens, D model width, H expert hidden width, E experts, K top-k.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moefy import ops
-from moefy.config import RouterSpec
-from moefy.errors import ConfigError
-from moefy.nn import functional
-from moefy.nn.body import Body, KnownBody, resolve
+from moefy.config import AuxLoss, Capacity, RouterSpec, default_top_k
+from moefy.errors import ConfigError, ShapeError
+from moefy.nn import functional, token_tree
+from moefy.nn.activation import Activation, body_of
+from moefy.nn.body import Body
 from moefy.nn.expert_linear import ExpertLinear
-from moefy.nn.routers import Router, make_router
+from moefy.nn.experts import ExpertList, Experts, make_experts, size
+from moefy.nn.pre_score import sum_slots, weight_inputs
+from moefy.nn.replacement import replace_rows, routed_mask
+from moefy.nn.routers import Router, RouterLike, make_router
 from moefy.nn.routing import Routing
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightRef:
-    """Where a stacked linear's parameters are: attribute paths relative to the MoE.
-
-    ``weight`` is ``[E, out, in]``, ``bias`` ``[E, out]`` or ``None``.
-    """
-
-    weight: str
-    bias: str | None = None
-
-    def of(self, owner: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``(weight, bias)`` as they are on ``owner`` now."""
-        return resolve(owner, self.weight), None if self.bias is None else resolve(owner, self.bias)
+from moefy.nn.seeding import seeded
+from moefy.nn.shared_experts import DenseFFN, shared_output
+from moefy.nn.stacked_ffn import WeightRef, run_stacked, stacked_parameters
+from moefy.nn.token_tree import Tree
 
 
 class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward layer.
 
-    Each token goes to the ``top_k`` experts with the largest router logits; their outputs are summed
+    By default each token goes to the ``top_k`` experts with the largest router logits; their outputs are summed
     with a softmax over these logits (Mixtral: Jiang et al. 2024, section 2.1; the layer is that of
     Shazeer et al. 2017). No token is dropped. The router computes in fp32 (fp64 for fp64 inputs), also
     under autocast.
 
     Args:
         d_model: D, the width of a token.
-        d_hidden: H, the hidden width of one expert.
-        num_experts: E.
-        top_k: K, experts per token, 1 to E.
-        activation: a key of ``moefy.ops.ACTIVATIONS``: "gelu", "gelu_tanh", "relu", "silu", ...
+        d_hidden: H, the hidden width of one expert; not needed with ``experts``.
+        num_experts: E, the global number; not needed where ``experts`` is a list.
+        top_k: K, experts per token, 1 to E; by default the router's own, which is 2 for most.
+        activation: a key of ``moefy.ops.ACTIVATIONS`` ("gelu", "gelu_tanh", "relu", "silu", ...), a function, or an
+            ``nn.Module``, which all experts share and which may have parameters.
         glu: gated experts, ``down(act(gate(x)) * up(x))`` (Shazeer 2020) instead of ``down(act(up(x)))``.
         bias: whether the experts have biases; by default ``not glu``.
-        router: a name, a ``moefy.RouterSpec`` (a name with options), or a ``moefy.nn.Router`` of these sizes.
-        seed: seeds the router alone, which every rank draws alike; give each layer its own. The experts draw from the
-            global generator as ``nn.Linear`` does.
+        experts: experts of one's own in the place of the FFNs: a factory, called E times without arguments; a list of
+            modules and factories, which may differ; or one ``nn.Module`` for all, called with ``(rows, offsets_E)``,
+            the rows sorted by expert (``moefy.ops.grouped_linear`` takes just these). See ``moefy.nn.experts``.
+        d_out: the width of the experts' output; by default D.
+        router: a name, a ``moefy.RouterSpec`` (a name with options), a ``moefy.nn.Router`` of these sizes, its class, a
+            factory, or any module from tokens to logits: see ``moefy.nn.routers``. A list of such: several routers over
+            the same experts, of which a call picks one by ``router_index``.
+        shared_experts: how many experts every token passes beside its own (0: none), or a module of one's own.
+        shared_hidden: the hidden width of one shared expert; by default H.
+        shared_gate: whether a sigmoid of a linear of the token multiplies what the shared experts add (Qwen2-MoE).
+        weighting: "output": the routing weight multiplies an expert's output. "input": its input (Tutel's
+            ``is_postscore=False``).
+        capacity: a ``moefy.Capacity`` or its factor; by default nothing is dropped.
+        aux_loss: a ``moefy.AuxLoss`` or the weight of the canonical balance loss; by default there is none. Its value
+            is ``l_aux``; ``moefy.deliver_aux_loss(model)`` puts it into the gradients of an unchanged training loop.
+        reserve_dims: how many trailing axes of the input form one token; their product is D. Experts of one's own get
+            them as they are, FFNs as one axis.
+        seed: seeds the router, and the shared experts when it is given, which every rank then draws alike; give each
+            layer its own. By default 0 for the router, and shared experts draw from the global generator.
+        expert_seed: seeds the experts; by default they draw from the global generator as ``nn.Linear`` does.
         device: where the parameters live.
         dtype: their dtype.
 
     Shape:
-        ``forward(x)``: ``[..., D] -> [..., D]`` in ``x``'s dtype (the autocast dtype under autocast).
+        ``forward(x)``: ``[..., D] -> [..., d_out]`` in ``x``'s dtype (the autocast dtype under autocast). With
+        ``experts``, ``x`` may be a tree of tensors of one leading shape, and so is then what the experts return.
 
     Parameters:
-        ``up_proj.weight [E, H, D]``, ``down_proj.weight [E, D, H]``, with ``glu`` also
-        ``gate_proj.weight [E, H, D]``, biases ``[E, out]``, ``router.weight [E, D]``.
+        ``up_proj.weight [E, H, D]``, ``down_proj.weight [E, d_out, H]``, with ``glu`` also
+        ``gate_proj.weight [E, H, D]``, biases ``[E, out]``, ``router.weight [E, D]``; ``experts.<e>...`` in the place
+        of the projections; ``shared_experts...`` and ``shared_gate.weight [1, D]``.
+
+    To observe every routing, register a forward hook on ``router``: its output is a ``moefy.nn.Routing``.
+
+    ``torch.compile(fullgraph=True)`` takes FFN experts with any traceable activation, and modules as experts under a
+    capacity with a factor > 0, whose static shapes need no sizes; without one such experts are a graph break.
 
     Raises:
-        ConfigError: for sizes outside their domain and names that do not exist.
-        ShapeError: from ``forward``, when ``x`` is not D wide.
+        ConfigError: for sizes outside their domain, names that do not exist and options that exclude each other.
+        ShapeError: from ``forward``, when ``x`` is not D wide, or a mask has not the shape of the tokens.
 
     >>> MoE(16, 64, num_experts=4)(torch.randn(2, 5, 16)).shape
     torch.Size([2, 5, 16])
     """
 
     router: Router
+    entries: tuple[WeightRef, ...]
+    exit: WeightRef
+    body: Body
 
     def __init__(
         self,
         d_model: int,
-        d_hidden: int,
-        num_experts: int,
+        d_hidden: int | None = None,
+        num_experts: int | None = None,
         *,
-        top_k: int = 2,
-        activation: str = "gelu",
+        top_k: int | None = None,
+        activation: Activation = "gelu",
         glu: bool = False,
         bias: bool | None = None,
-        router: str | RouterSpec | Router = "top_k",
-        seed: int = 0,
+        experts: Experts | None = None,
+        d_out: int | None = None,
+        router: RouterLike | Sequence[RouterLike] = "top_k",
+        shared_experts: int | nn.Module = 0,
+        shared_hidden: int | None = None,
+        shared_gate: bool = False,
+        weighting: Literal["output", "input"] = "output",
+        capacity: float | Capacity | None = None,
+        aux_loss: float | AuxLoss | None = None,
+        reserve_dims: int = 1,
+        seed: int | None = None,
+        expert_seed: int | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(d_model=d_model, d_hidden=d_hidden, num_experts=num_experts)
-        body = Body.of(activation, "separate" if glu else "none")
+        d_out = d_model if d_out is None else d_out
+        for name, value in (("d_model", d_model), ("d_out", d_out), ("reserve_dims", reserve_dims)):
+            size(name, value)
+        if weighting not in ("output", "input"):
+            raise ConfigError("weighting", got=weighting, expected="'output' or 'input'")
+        self.d_model, self.d_out, self.reserve_dims, self.weighting = d_model, d_out, reserve_dims, weighting
+        self.seed, self.expert_seed = seed, expert_seed
         bias = not glu if bias is None else bias
+        ffn: dict[str, Any] = {"activation": activation, "glu": glu, "bias": bias}
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        entries = ("gate_proj", "up_proj") if glu else ("up_proj",)
-        for name in entries:
-            self.add_module(name, ExpertLinear(d_model, d_hidden, num_experts, bias, **like))
-        self.down_proj = ExpertLinear(d_hidden, d_model, num_experts, bias, **like)
-        self.router = make_router(router, d_model, num_experts, top_k, seed=seed, **like)
-        refs = [WeightRef(f"{n}.weight", f"{n}.bias" if bias else None) for n in (*entries, "down_proj")]
-        self._assemble(refs[:-1], refs[-1], body, num_experts)
+        with seeded(expert_seed, "experts", device):
+            self.num_experts = self._make_experts(experts, d_hidden, num_experts, ffn, like)
+        if isinstance(router, Sequence) and not isinstance(router, str):
+            router = RouterSpec("multi", routers=tuple(router))
+        if top_k is None:
+            top_k = router.top_k if isinstance(router, Router) else default_top_k(router, self.num_experts)
+        self.router = make_router(router, d_model, self.num_experts, top_k, seed=seed or 0, **like)
+        if capacity is not None:
+            self.router.capacity = Capacity.of(capacity)
+        if aux_loss is not None:
+            self.router.aux_loss = AuxLoss.of(aux_loss)
+        with seeded(seed, "shared_experts", device):
+            self._make_shared(shared_experts, shared_hidden or d_hidden, shared_gate, ffn, like)
 
     @classmethod
     def from_parts(
@@ -137,107 +180,212 @@ class MoE(nn.Module):
             input_name: the forward's parameter, for callers that pass it by keyword.
             tail: what the module did to the exit's output (dropout), on tokens.
         """
-        if body.num_inputs != len(entries):
-            raise ConfigError("entries", got=len(entries), expected=f"{body.num_inputs}, one per body input")
-        moe = cls.__new__(cls)
-        nn.Module.__init__(moe)
-        moe.router = router
-        moe._assemble(entries, exit, body, num_experts, feature_dim, returns, input_name, tail)
-        return moe
+        from moefy.nn.in_place import InPlaceMoE
 
-    def _assemble(
+        return InPlaceMoE(
+            entries=entries,
+            exit=exit,
+            body=body,
+            router=router,
+            num_experts=num_experts,
+            feature_dim=feature_dim,
+            returns=returns,
+            input_name=input_name,
+            tail=tail,
+        )
+
+    def _make_experts(
         self,
-        entries: Sequence[WeightRef],
-        exit: WeightRef,
-        body: Body,
-        num_experts: int,
-        feature_dim: int = -1,
-        returns: Literal["tensor", "tuple"] = "tensor",
-        input_name: str = "x",
-        tail: Body | None = None,
+        experts: Experts | None,
+        d_hidden: int | None,
+        num_experts: int | None,
+        ffn: dict[str, Any],
+        like: dict[str, Any],
+    ) -> int:
+        """The experts as stacked FFNs or as modules; returns E."""
+        if experts is not None:
+            self.experts, num_experts = make_experts(experts, num_experts)
+            return num_experts
+        hidden, num_experts = size("d_hidden", d_hidden), size("num_experts", num_experts)
+        self.body, module = body_of(ffn["activation"], ffn["glu"])
+        if module is not None:
+            self.activation = module
+        names = ("gate_proj", "up_proj") if ffn["glu"] else ("up_proj",)
+        for name in names:
+            self.add_module(name, ExpertLinear(self.d_model, hidden, num_experts, ffn["bias"], **like))
+        self.down_proj = ExpertLinear(hidden, self.d_out, num_experts, ffn["bias"], **like)
+        refs = [WeightRef(f"{n}.weight", f"{n}.bias" if ffn["bias"] else None) for n in (*names, "down_proj")]
+        self.entries, self.exit = tuple(refs[:-1]), refs[-1]
+        return num_experts
+
+    def _make_shared(
+        self,
+        shared: int | nn.Module,
+        d_hidden: int | None,
+        gate: bool,
+        ffn: dict[str, Any],
+        like: dict[str, Any],
     ) -> None:
-        """Set everything but the parameters."""
-        self.entries, self.exit, self.body = tuple(entries), exit, body
-        self.num_experts, self.feature_dim = num_experts, feature_dim
-        self.returns, self.input_name = returns, input_name
-        self.tail = tail
+        """The shared experts and their gate, or ``None``."""
+        if isinstance(shared, nn.Module):
+            self.shared_experts: nn.Module | None = shared
+        elif isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
+            raise ConfigError("shared_experts", got=shared, expected="an int >= 0 or an nn.Module")
+        elif shared:
+            hidden = shared * size("shared_hidden", d_hidden)
+            self.shared_experts = DenseFFN(self.d_model, hidden, self.d_out, **ffn, **like)
+        else:
+            self.shared_experts = None
+        if gate and self.shared_experts is None:
+            raise ConfigError("shared_gate", got=gate, expected="False without shared_experts")
+        self.shared_gate = nn.Linear(self.d_model, 1, bias=False, **like) if gate else None
 
     @property
     def top_k(self) -> int:
         """K, experts per token."""
         return self.router.top_k
 
+    @property
+    def l_aux(self) -> Tensor | None:
+        """The weighted auxiliary loss of the last training forward; ``None`` without ``aux_loss`` and after others."""
+        return self.router.l_aux
+
+    def router_parameters(self) -> Iterator[nn.Parameter]:
+        """The router's parameters."""
+        return self.router.parameters()
+
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """The routed experts' parameters, which expert parallelism divides."""
+        modules = self._modules.get("experts")
+        values = stacked_parameters(self) if modules is None else modules.parameters()
+        return (value for value in values if isinstance(value, nn.Parameter))
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """All others, which every token passes: shared experts, their gate, a learnable activation."""
+        others = {id(p) for p in (*self.router_parameters(), *self.expert_parameters())}
+        return (p for p in self.parameters() if id(p) not in others)
+
     def reset_parameters(self) -> None:
-        """Initialise every parameter again, say after ``to_empty``."""
-        for child in self.modules():
-            if isinstance(child, ExpertLinear | Router):
-                child.reset_parameters()
+        """Initialise every parameter again, say after ``to_empty``; seeded ones get the values they had."""
+        device = next(self.parameters()).device
+        shared = [m for m in (self.shared_experts, self.shared_gate) if m is not None]
+        routed = [
+            m for name, m in self.named_children() if name not in ("router", "shared_experts", "shared_gate")
+        ]
+        with seeded(self.expert_seed, "experts", device):
+            _reset(routed)
+        with seeded(self.seed, "shared_experts", device):
+            _reset(shared)
+        self.router.reset_parameters()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """``[..., D] -> [..., D]``; a pair ``(y, None)`` in the place of a module that returned one."""
-        x = self._bind(args, kwargs)
-        routing = self.router(x, self.feature_dim)
-        known = self.body.fused(self)
-        y = self._run_body(x, routing) if known is None else self._run_fused(x, routing, known)
-        y = y if self.tail is None else self.tail(self, y)
-        return (y, None) if self.returns == "tuple" else y
+    def forward(
+        self,
+        x: Tree,
+        *,
+        top_k: int | None = None,
+        capacity_factor: float | None = None,
+        router_index: int | None = None,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        router_input: Tensor | None = None,
+        replace_ids: Tensor | None = None,
+        replacements: Mapping[int, Tensor | float] | None = None,
+    ) -> Tree:
+        """``[..., D] -> [..., d_out]``; see the class for trees and ``reserve_dims``.
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The one input; anything else that is not ``None`` has no meaning here."""
-        rest = [*args, *(value for name, value in kwargs.items() if name != self.input_name)]
-        x = kwargs[self.input_name] if self.input_name in kwargs else rest.pop(0) if args else None
-        if not isinstance(x, torch.Tensor) or any(value is not None for value in rest):
-            raise TypeError(f"MoE.forward takes one tensor, {self.input_name!r}")
-        return x
-
-    def _run_body(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Entry, the body as it is written, exit."""
-        linears = [entry.of(self) for entry in self.entries]
-        axis = self.feature_dim
-        rows = functional.expert_entries(
-            x, linears, routing.order, routing.offsets, routing.top_k, feature_dim=axis
+        Args:
+            x: the tokens.
+            top_k: another K for this call.
+            capacity_factor: another capacity factor for this call.
+            router_index: which of several routers over the same experts decides.
+            mask: bool or integer in the leading shape, True or 1 = a real token (as Hugging Face's
+                ``attention_mask``). The others go to no routed expert and count in no loss.
+            token_ids: the tokens' vocabulary ids, for routers that hash them.
+            router_input: ``[..., D]``, what the router reads instead of ``x``, or of a tree's first tensor.
+            replace_ids: integers in the leading shape. Where one is not 0, the token skips the layer and comes out as
+                ``replacements[id]``, or as zeros (FastMoE's ``mask``).
+            replacements: one token's output, or a number, by id (FastMoE's ``mask_dict``).
+        """
+        scored = self._as_vectors(token_tree.leaves(x)[0] if router_input is None else router_input)
+        leading = tuple(scored.shape[:-1])
+        routing = self.router(
+            scored,
+            top_k=top_k,
+            capacity_factor=capacity_factor,
+            router_index=router_index,
+            mask=routed_mask(mask, replace_ids, leading),
+            token_ids=token_ids,
         )
-        weight, bias = self.exit.of(self)
-        return functional.expert_exit(
-            self.body(self, *rows),
-            weight,
-            bias,
-            routing.top_k_weights,
-            routing.order,
-            routing.offsets,
-            routing.leading,
-            feature_dim=axis,
-        )
+        y = self._run_modules(x, routing) if "experts" in self._modules else self._run_ffn(x, routing)
+        y = self._with_shared(x, y)
+        if replace_ids is None:
+            return y
+        rows = replacements or {}
+        return token_tree.map_leaves(lambda leaf: replace_rows(leaf, replace_ids, rows), y)
 
-    def _run_fused(self, x: torch.Tensor, routing: Routing, known: KnownBody) -> torch.Tensor:
-        """The whole FFN as one op."""
-        linears = [entry.of(self) for entry in self.entries]
-        gate = linears[known.gate] if known.glu == "separate" else (None, None)
-        up = linears[1 - known.gate] if known.glu == "separate" else linears[0]
-        y_TD = ops.expert_ffn(
-            functional.as_tokens(x, self.feature_dim),
-            routing.top_k_weights,
-            routing.order,
-            routing.offsets,
-            *up,
-            *self.exit.of(self),
-            w_gate=gate[0],
-            b_gate=gate[1],
-            activation=known.activation,
-            glu=known.glu,
-        )
-        return functional.from_tokens(y_TD, routing.leading, self.feature_dim)
+    def _with_shared(self, x: Tree, y: Tree) -> Tree:
+        """``y`` and what the shared experts add."""
+        if self.shared_experts is None:
+            return y
+        return y + shared_output(self.shared_experts, self.shared_gate, self._as_vectors(x)).reshape(y.shape)
+
+    def _as_vectors(self, x: Tensor) -> Tensor:
+        """``[..., D]`` of tokens that may have several axes."""
+        axes = self.reserve_dims
+        if not isinstance(x, Tensor) or x.dim() < axes or functional.count(x.shape[-axes:]) != self.d_model:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ShapeError(
+                f"the last {axes} axes of the input hold {self.d_model} features; got {got}"
+                if axes > 1
+                else f"the input holds {self.d_model} features on its last axis; got {got}"
+            )
+        return x if axes == 1 else x.reshape(*x.shape[:-axes], self.d_model)
+
+    def _run_ffn(self, x: Tree, routing: Routing) -> Tensor:
+        """The experts that are stacked weights."""
+        x = self._as_vectors(x)
+        if self.weighting == "input":
+            x_ND, slots = weight_inputs(functional.as_tokens(x), routing)
+            y_TD = sum_slots(run_stacked(self, x_ND, slots), routing)
+            y = functional.from_tokens(y_TD, routing.leading, routing.feature_dim)
+        else:
+            y = run_stacked(self, x, routing)
+        return functional.add_residual(y, routing)
+
+    def _run_modules(self, x: Tree, routing: Routing) -> Tree:
+        """The experts that are modules."""
+        rows = token_tree.flatten(x, routing.leading)
+        if self.weighting == "input":
+            rows_N, slots = weight_inputs(rows, routing)
+            y = sum_slots(self._sorted_modules(rows_N, slots), routing)
+        else:
+            y = self._sorted_modules(rows, routing)
+        y = token_tree.pass_through(y, rows, routing) if routing.residual is not None else y
+        return token_tree.unflatten(y, routing.leading)
+
+    def _sorted_modules(self, rows: Tree, routing: Routing) -> Tree:
+        """Rows to the experts in their order, and back to tokens."""
+        rows_N = token_tree.permute(rows, routing)
+        if not isinstance(self.experts, ExpertList):
+            return token_tree.combine(self.experts(rows_N, routing.offsets), routing)
+        # On CUDA and in a graph static shapes are worth the empty seats; in eager mode on the CPU sizes cost nothing.
+        static = torch.compiler.is_compiling() or routing.offsets.device.type != "cpu"
+        seats = max(routing.capacity, 1) if static and isinstance(routing.capacity, int) else None
+        return token_tree.combine(self.experts(rows_N, routing.offsets, seats), routing)
 
     def extra_repr(self) -> str:
         """Experts, top-k and body."""
+        if "experts" in self._modules:
+            return f"experts={self.num_experts}, top_k={self.top_k}"
         known = self.body.known
         gated = "" if known is None or known.glu == "none" else f", glu={known.glu!r}"
         body = repr(known.activation) if known else "custom"
         return f"experts={self.num_experts}, top_k={self.top_k}, body={body}{gated}"
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ``ConfigError`` for a size that is no positive int."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(name, got=size, expected="an int >= 1")
+def _reset(modules: Sequence[nn.Module]) -> None:
+    """Draw the parameters of ``modules`` again, in the order of their making."""
+    for child in (c for module in modules for c in module.modules()):
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()

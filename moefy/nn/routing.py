@@ -44,6 +44,18 @@ class Choice:
         """``scores``, or the softmax over all experts that they stand for."""
         return torch.softmax(self.logits, dim=-1) if self.scores is None else self.scores
 
+    def masked(self, mask_T: torch.Tensor, num_experts: int) -> Choice:
+        """The choice in which the slots of the tokens where ``mask_T`` is False are dropped."""
+        drop_T1 = ~mask_T.unsqueeze(1)
+        return Choice(
+            index=self.index.masked_fill(drop_T1, num_experts),
+            weights=self.weights.masked_fill(drop_T1, 0.0),
+            logits=self.logits,
+            scores=self.scores,
+            losses=self.losses,
+            mask=mask_T,
+        )
+
 
 @dataclasses.dataclass(eq=False)
 class Routing:
@@ -59,6 +71,9 @@ class Routing:
         leading: the source's shape without its feature axis; their product is T.
         top_k: K.
         feature_dim: the feature axis of the source.
+        capacity: the seats of each expert, a 0-dim tensor where they depend on the need; ``None`` when nothing limits.
+        residual: ``[T, D]``, the tokens that capacity left without any expert and that pass through, 0 for the others;
+            ``None`` when none may.
     """
 
     top_k_index: torch.Tensor
@@ -69,6 +84,8 @@ class Routing:
     leading: tuple[int, ...]
     top_k: int
     feature_dim: int
+    capacity: int | torch.Tensor | None = None
+    residual: torch.Tensor | None = None
 
     @property
     def router_logits(self) -> torch.Tensor:

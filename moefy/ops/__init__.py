@@ -12,6 +12,7 @@ them; ``reference`` holds the plain torch twin of each.
 from moefy.ops.activations import ACTIVATIONS, Activation
 from moefy.ops.combine import combine
 from moefy.ops.expert_ffn import GLU, GLU_FORMS, expert_ffn
+from moefy.ops.first_run import first_run
 from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.permute import permute
 from moefy.ops.sort import sort_by_expert
@@ -24,6 +25,7 @@ __all__ = [
     "Activation",
     "combine",
     "expert_ffn",
+    "first_run",
     "grouped_linear",
     "permute",
     "sort_by_expert",

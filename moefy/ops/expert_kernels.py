@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moefy.ops import checks
 from moefy.ops.activations import ACTIVATIONS
-from moefy.ops.grouped_gemm import Bounds, outer_products, row_sums, rows_times
+from moefy.ops.grouped_gemm import Bounds, outer_products, pieces, row_sums, rows_times
 from moefy.ops.permute import accumulation_dtype, weighted_sum
 
 
@@ -38,6 +38,15 @@ class Layer(NamedTuple):
     b_down: Tensor | None
     activation: str
     glu: str
+
+    @property
+    def saves_first(self) -> bool:
+        """Whether the first of the two tensors saved for the backward is used.
+
+        It has the pre-activations of a separate gate; on a CPU without a gate what the activation gave, since to
+        compute tanh-gelu again takes as long as one of the six products, where these are narrow (D=48, H=192).
+        """
+        return self.w_gate is not None or (self.glu == "none" and self.x_TD.device.type == "cpu")
 
     def token_N(self, op: str) -> Tensor:
         """The token of each row."""
@@ -68,7 +77,7 @@ def halves(merged_NP: Tensor, glu: str) -> tuple[Tensor, Tensor]:
 
 
 def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, pre-activations of a separate gate, of the other entry)``; what is not saved is empty."""
+    """``(out, *saved)``, the latter as ``_saved`` says, or empty."""
     *layer_args, save, _ = args
     layer = Layer._make(layer_args)
     bounds = layer.bounds("expert_ffn")
@@ -76,39 +85,52 @@ def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     gate_rows, up_rows = _entry(layer, rows_ND, bounds)
     del rows_ND
     hidden_NH = _body(layer, gate_rows, up_rows)
-    saved_gate = gate_rows if save and gate_rows is not None else layer.x_TD.new_empty(0)
-    saved_up = up_rows if save else layer.x_TD.new_empty(0)
+    nothing = layer.x_TD.new_empty(0), layer.x_TD.new_empty(0)  # two, since the results may not alias
+    saved = _saved(layer, gate_rows, up_rows, hidden_NH) if save else nothing
     del gate_rows, up_rows
     y_ND = rows_times(hidden_NH, layer.w_down, layer.b_down, bounds)
-    out_TD = weighted_sum(y_ND, layer.weights_TK, layer.order_N, layer.weights_TK.shape[1])
-    return out_TD, saved_gate, saved_up
+    return weighted_sum(y_ND, layer.weights_TK, layer.order_N, layer.weights_TK.shape[1]), *saved
+
+
+def _saved(
+    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor, hidden_NH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """For the backward: ``(pre-activations of a separate gate, of the other entry)``, see ``Layer.saves_first``."""
+    if not layer.saves_first:
+        return up_rows.new_empty(0), up_rows
+    if gate_rows is not None:
+        return gate_rows, up_rows
+    return hidden_NH.clone() if hidden_NH is up_rows else hidden_NH, up_rows
 
 
 def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); unasked ones are empty."""
-    *tensors, gate_rows, up_rows, activation, glu, mask = args
+    *tensors, first_rows, up_rows, activation, glu, mask = args
     layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
     bounds, token_N = layer.bounds("expert_ffn_backward"), layer.token_N("expert_ffn_backward")
     rows_ND = layer.x_TD.index_select(0, token_N)
-    gate_rows = None if layer.w_gate is None else gate_rows
+    gate_rows = None if layer.w_gate is None else first_rows
     if up_rows.dim() == 1:  # not saved
         gate_rows, up_rows = _entry(layer, rows_ND, bounds)
 
     grad_ND = grad_TD.index_select(0, token_N)
     weight_N1 = layer.weights_TK.reshape(-1).index_select(0, layer.order_N).unsqueeze(1)
     dhidden_NH = rows_times(grad_ND, layer.w_down.transpose(1, 2), None, bounds)
-    hidden_NH = _body(layer, gate_rows, up_rows)
+    if layer.glu == "none" and first_rows.dim() == 2:
+        acted_NH = hidden_NH = first_rows
+    else:
+        acted_NH, hidden_NH = _acted(layer, gate_rows, up_rows)
     result: dict[str, Tensor | None] = dict.fromkeys(Wanted._fields)
     if want.weights:
         result["weights"] = _weights_grad(layer, grad_ND, dhidden_NH, hidden_NH, bounds)
-    grad_ND = _scaled(grad_ND, weight_N1)
+    grad_ND.mul_(weight_N1)  # in the wider of the two dtypes, rounded once
     if want.w_down:
         result["w_down"] = outer_products(grad_ND, hidden_NH, bounds)
     if want.b_down:
         result["b_down"] = row_sums(grad_ND, bounds)
     del grad_ND, hidden_NH
     if any((want.x, want.w_gate, want.b_gate, want.w_up, want.b_up)):
-        dgate, dup = _body_backward(layer, gate_rows, up_rows, _scaled(dhidden_NH, weight_N1))
+        dgate, dup = _body_backward(layer, gate_rows, up_rows, acted_NH, dhidden_NH.mul_(weight_N1))
         result |= _entry_backward(layer, want, rows_ND, dgate, dup, bounds)
     return tuple(grad_TD.new_empty(0) if g is None else g for g in result.values())
 
@@ -130,23 +152,38 @@ def _body(layer: Layer, gate_rows: Tensor | None, up_rows: Tensor) -> Tensor:
     """From pre-activations to the exit's input."""
     act = ACTIVATIONS[layer.activation].forward
     gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    return act(up_NH) if gate_NH is None else act(gate_NH) * up_NH
+    if gate_NH is None:
+        return act(up_NH)
+    acted_NH = act(gate_NH)
+    return acted_NH * up_NH if acted_NH is gate_NH else acted_NH.mul_(up_NH)
+
+
+def _acted(layer: Layer, gate_rows: Tensor | None, up_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``(what is activated, the exit's input)``, both for the backward; they are one where there is no gate."""
+    act = ACTIVATIONS[layer.activation].forward
+    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
+    acted_NH = act(up_NH if gate_NH is None else gate_NH)
+    return acted_NH, acted_NH if gate_NH is None else acted_NH * up_NH
 
 
 def _body_backward(
-    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor, dhidden_NH: Tensor
+    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor, acted_NH: Tensor, dhidden_NH: Tensor
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the pre-activations, in the form in which ``_entry`` gives them."""
-    act = ACTIVATIONS[layer.activation]
+    """Gradients of the pre-activations, in the form in which ``_entry`` gives them; ``dhidden`` is overwritten."""
+    backward = ACTIVATIONS[layer.activation].backward
     gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
     if gate_NH is None:
-        return None, act.backward(dhidden_NH, up_NH)
-    dgate_NH = act.backward(dhidden_NH * up_NH, gate_NH)
-    dup_NH = dhidden_NH * act.forward(gate_NH)
+        backward(dhidden_NH, up_NH, dhidden_NH)
+        return None, dhidden_NH
     if layer.glu == "separate":
-        return dgate_NH, dup_NH
-    pair = (dgate_NH, dup_NH) if layer.glu == "merged_gate_first" else (dup_NH, dgate_NH)
-    return None, torch.cat(pair, dim=1)
+        dup_NH = dhidden_NH * acted_NH
+        backward(dhidden_NH.mul_(up_NH), gate_NH, dhidden_NH)
+        return dhidden_NH, dup_NH
+    merged_NP = up_rows.new_empty(up_rows.shape)
+    dgate_NH, dup_NH = halves(merged_NP, layer.glu)
+    torch.mul(dhidden_NH, acted_NH, out=dup_NH)
+    backward(dhidden_NH.mul_(up_NH), gate_NH, dgate_NH)
+    return None, merged_NP
 
 
 def _entry_backward(
@@ -167,7 +204,7 @@ def _entry_backward(
     if want.x:
         dx_ND = rows_times(dup_NP, layer.w_up.transpose(1, 2), None, bounds)
         if dgate_NH is not None and layer.w_gate is not None:
-            dx_ND += rows_times(dgate_NH, layer.w_gate.transpose(1, 2), None, bounds)
+            rows_times(dgate_NH, layer.w_gate.transpose(1, 2), None, bounds, onto_NO=dx_ND)
         result["x"] = weighted_sum(dx_ND, None, layer.order_N, layer.weights_TK.shape[1])
     return result
 
@@ -179,15 +216,8 @@ def _weights_grad(
     dtype = accumulation_dtype(grad_ND, layer.weights_TK)
     dw_N = torch.linalg.vecdot(dhidden_NH.to(dtype), hidden_NH.to(dtype))
     if layer.b_down is not None:
-        for (first, end), bias_D in zip(bounds, layer.b_down.unbind(0), strict=True):
-            if end > first:
-                dw_N[first:end] += grad_ND[first:end].to(dtype) @ bias_D.to(dtype)
+        parts = zip(pieces(dw_N, bounds), pieces(grad_ND, bounds), layer.b_down.unbind(0), strict=True)
+        for dw_M, grad_MD, bias_D in parts:
+            torch.addmv(dw_M, grad_MD.to(dtype), bias_D.to(dtype), out=dw_M)
     dw_N = dw_N.to(layer.weights_TK.dtype)
     return torch.zeros_like(dw_N).scatter_(0, layer.order_N, dw_N).view(layer.weights_TK.shape)
-
-
-def _scaled(rows: Tensor, weight_N1: Tensor) -> Tensor:
-    """``rows * weight``, rounded once to rows' dtype."""
-    if rows.dtype is weight_N1.dtype:
-        return rows * weight_N1
-    return (rows * weight_N1.to(accumulation_dtype(rows, weight_N1))).to(rows.dtype)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moefy.ops import checks
@@ -35,19 +36,15 @@ def inverse(order_N: Tensor) -> Tensor:
 def weighted_sum(y_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, top_k: int) -> Tensor:
     """Per token the sum of its K rows, weighted if ``weights_TK`` is given: [T, D] in y's dtype.
 
-    K gathers and K fused multiply-adds of [T, D]: on 2 CPU cores faster than ``index_add_`` (1.7 against 2.3 ms in
-    fp32, 1.6 against 23 ms in bf16, T=2048, D=768, K=2), and the order of addition is the order of the choices.
+    ``embedding_bag`` reads each row once and adds in registers, in the order of the choices. On 2 CPU cores, T=2048,
+    D=768, K=2 in fp32: 0.39 ms; K gathers and multiply-adds of [T, D] 0.97 ms, a gather and a sum 8 ms.
     """
-    dtype = accumulation_dtype(y_ND) if weights_TK is None else accumulation_dtype(y_ND, weights_TK)
     row_TK = inverse(order_N).view(-1, top_k)
-    out_TD = y_ND.new_zeros((row_TK.shape[0], y_ND.shape[1]), dtype=dtype)
-    for k in range(top_k):
-        rows_TD = y_ND.index_select(0, row_TK[:, k]).to(dtype)
-        if weights_TK is None:
-            out_TD.add_(rows_TD)
-        else:
-            out_TD.addcmul_(rows_TD, weights_TK[:, k, None].to(dtype))
-    return out_TD.to(y_ND.dtype)
+    if weights_TK is None:  # half types are added in fp32 by themselves
+        return F.embedding_bag(row_TK, y_ND, mode="sum")
+    dtype = accumulation_dtype(y_ND, weights_TK)
+    summed_TD = F.embedding_bag(row_TK, y_ND.to(dtype), mode="sum", per_sample_weights=weights_TK.to(dtype))
+    return summed_TD.to(y_ND.dtype)
 
 
 def _kernel(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:

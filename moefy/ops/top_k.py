@@ -26,9 +26,22 @@ from moefy.ops.permute import accumulation_dtype
 
 
 def _kernel(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    # A stable sort, not topk, whose order of ties is unspecified.
+    values_TK, index_TK = _largest(logits_TE, top_k)
+    return torch.softmax(values_TK, dim=-1), index_TK
+
+
+def _largest(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The K largest, best first, ties and NaN as the contract says.
+
+    A stable sort says which of two equal scores comes first; ``topk`` does not, but takes a quarter of the time (1.4
+    against 5.8 ms, T=1024, E=256). So a CPU takes it unless there are ties; a GPU would have to wait for the answer.
+    """
+    if logits_TE.device.type == "cpu":
+        values_TJ, index_TJ = logits_TE.topk(min(top_k + 1, logits_TE.shape[1]), dim=-1)
+        if bool((values_TJ[:, :-1] > values_TJ[:, 1:]).all()):  # nothing is greater than NaN
+            return values_TJ[:, :top_k], index_TJ[:, :top_k].contiguous()
     sorted_TE, index_TE = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
-    return torch.softmax(sorted_TE[:, :top_k], dim=-1).contiguous(), index_TE[:, :top_k].contiguous()
+    return sorted_TE[:, :top_k], index_TE[:, :top_k].contiguous()
 
 
 def _cuda(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moefy
 from integration.models import batch, call, dense, moe, randomize, routers, scalar, transformed
+from moefy.nn.losses import GlobalCounts, switch
 
 NAMES = ("aligned", "inline", "glu", "encoder")
 STEPS = 2
@@ -179,6 +180,35 @@ def router_init(rank: int) -> dict[str, Any]:
     return {
         f"{name} {key}": value for name, model in models.items() for key, value in model.state_dict().items()
     }
+
+
+def balance_sample(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """Scores of 4 experts and the 2 best, another table for every rank and micro-batch."""
+    generator = torch.Generator().manual_seed(10 * rank + step)
+    logits = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    return logits.softmax(-1).requires_grad_(), logits.topk(2).indices
+
+
+@scenario("global-balance")
+def global_balance(rank: int) -> dict[str, Any]:
+    """The balance loss of the global batch over two micro-batches, in eager mode and compiled."""
+    found: dict[str, Any] = {}
+
+    def loss(scores: Tensor, index: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        counts = GlobalCounts(dist.group.WORLD, past)
+        return switch(scores, index, 4, reduce=counts), counts.totals
+
+    for mode, run in (
+        ("eager", loss),
+        ("compiled", torch.compile(loss, backend="aot_eager", fullgraph=True)),
+    ):
+        past = None
+        for step in range(2):
+            scores, index = balance_sample(rank, step)
+            value, past = run(scores, index, past)
+            value.backward()
+            found[f"{mode} {step}"] = (value.detach(), scores.grad, past)
+    return found
 
 
 @scenario("full-state-dict")

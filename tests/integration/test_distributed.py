@@ -79,6 +79,21 @@ def test_a_rank_without_tokens_contributes_zero(results: Results, name: str) -> 
         assert_same(found["grads"], gradients(model), SAME[torch.float64])
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_balance_of_the_global_batch(results: Results, mode: str, step: int) -> None:
+    """The share of slots over all ranks and micro-batches so far; the scores of the own ones."""
+    seen = [ranks.balance_sample(rank, s)[1] for rank in range(SIZE) for s in range(step + 1)]
+    slots = torch.cat([index.flatten() for index in seen]).tolist()
+    share = torch.tensor([slots.count(e) / len(slots) for e in range(4)], dtype=torch.float64)
+    for rank, found in enumerate(of(results, "global-balance")):
+        scores, _ = ranks.balance_sample(rank, step)
+        value, grad, totals = found[f"{mode} {step}"]
+        torch.testing.assert_close(value, 4 * (share * scores.detach().mean(0)).sum(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(grad, (4 * share / 6).expand(6, 4), rtol=1e-12, atol=0)
+        assert totals.tolist() == [*(slots.count(e) for e in range(4)), len(slots) // 2]
+
+
 def test_ranks_draw_the_same_routers_and_noise(results: Results) -> None:
     first, second = of(results, "router-init")
     assert any("router" in key for key in first)

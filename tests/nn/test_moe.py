@@ -106,7 +106,7 @@ def test_inductor_has_the_same_gradients() -> None:
 def test_export(strict: bool) -> None:
     moe, x = layer(), torch.randn(2, 5, D, dtype=torch.float64)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(moe, (x,), dynamic_shapes=(({0: batch},),), strict=strict)
+    program = torch.export.export(moe, (x,), dynamic_shapes=({0: batch},), strict=strict)
     other = torch.randn(7, 5, D, dtype=torch.float64)
     assert_same([program.module()(other)], [moe(other)], 1e-12)
 

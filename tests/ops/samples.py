@@ -40,6 +40,10 @@ def sort_by_expert(dtype: torch.dtype) -> list[Args]:
     return [(index(5), E), (index(0), E), (index(5).int(), 1)]
 
 
+def first_run(dtype: torch.dtype) -> list[Args]:
+    return [(index(5),), (randn(0, 3, dtype=dtype).detach(),)]
+
+
 def scores(tokens: int, dtype: torch.dtype) -> Tensor:
     """Half a unit apart in each row, so that finite differences choose the same experts."""
     places = randn(tokens, E, dtype=torch.float64).detach().argsort(1)
@@ -139,12 +143,14 @@ def expert_ffn_backward_in_place(dtype: torch.dtype) -> list[Args]:
     return [tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for args in found]
 
 
+WITHOUT_GRADIENTS = frozenset({"expert_ffn_backward_", "first_run", "sort_by_expert"})
 SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "combine": combine,
     "combine_backward": combine_backward,
     "expert_ffn": expert_ffn,
     "expert_ffn_backward": expert_ffn_backward,
     "expert_ffn_backward_": expert_ffn_backward_in_place,
+    "first_run": first_run,
     "grouped_linear": grouped_linear,
     "grouped_linear_backward": grouped_linear_backward,
     "permute": permute,

@@ -18,10 +18,10 @@ from ops.samples import E, K, ffn_arguments, index
 
 def test_nan_in_one_token_stays_there():
     args = list(ffn_arguments(5, "separate", True, torch.float32))
-    clean = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True)[0]
+    clean = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True, False)[0]
     args[0] = args[0].detach().clone()
     args[0][3] = float("nan")
-    out = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True)[0]
+    out = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True, False)[0]
     keep = [0, 1, 2, 4]
     assert out[3].isnan().all()
     assert torch.equal(out[keep], clean[keep])
@@ -32,7 +32,7 @@ def test_nan_in_an_idle_expert_is_never_read():
     with torch.no_grad():
         for stacked in args[4:]:
             stacked[2] = float("nan")
-    out = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True)[0]
+    out = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True, False)[0]
     out.sum().backward()
     assert not out.isnan().any()
     for stacked in args[4:]:
@@ -92,7 +92,7 @@ def test_saved_rows_or_not_gives_the_same_gradients():
         grads = []
         for save in (True, False):
             args = ffn_arguments(5, glu, True, torch.float64)
-            outputs = torch.ops.moefy.expert_ffn(*args, "gelu", glu, save)
+            outputs = torch.ops.moefy.expert_ffn(*args, "gelu", glu, save, False)
             assert outputs[2].numel() == (args[6].shape[1] * 5 * K if save else 0)
             outputs[0].square().sum().backward()
             grads.append([a.grad for a in args if a is not None and a.is_floating_point()])
@@ -102,7 +102,7 @@ def test_saved_rows_or_not_gives_the_same_gradients():
 def test_only_what_the_backward_needs_is_kept():
     """The hidden rows and the experts' outputs are freed; x, weights and pre-activations are all that is saved."""
     args = ffn_arguments(5, "separate", True, torch.float32)
-    out = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True)[0]
+    out = torch.ops.moefy.expert_ffn(*args, "silu", "separate", True, False)[0]
     saved = [t for t in out.grad_fn.saved_tensors if t is not None and t.is_floating_point()]
     given = {a.data_ptr() for a in args if a is not None}
     extra = [t.shape for t in saved if t.data_ptr() not in given]

@@ -26,9 +26,9 @@ def swapped_experts(monkeypatch, target):
     module = importlib.import_module(target)
     right = module.rows_times
 
-    def wrong(x, weight, bias, bounds):
+    def wrong(x, weight, bias, bounds, **more):
         swap = torch.tensor([1, 0, 2, 3])
-        return right(x, weight[swap], None if bias is None else bias[swap], bounds)
+        return right(x, weight[swap], None if bias is None else bias[swap], bounds, **more)
 
     monkeypatch.setattr(module, "rows_times", wrong)
 

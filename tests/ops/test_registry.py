@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.samples import SAMPLES, cases, registered
+from ops.samples import SAMPLES, WITHOUT_GRADIENTS, cases, registered
 
 CASES = cases(torch.float32)
 KEYS = ("CPU", "CUDA", "Meta", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched")
@@ -24,7 +24,7 @@ def test_every_op_has_its_kernels(name):
     assert not missing
 
 
-@pytest.mark.parametrize("name", sorted(set(SAMPLES) - {"sort_by_expert", "expert_ffn_backward_"}))
+@pytest.mark.parametrize("name", sorted(set(SAMPLES) - WITHOUT_GRADIENTS))
 def test_every_op_of_floats_has_its_own_autograd_formula(name):
     for args in SAMPLES[name](torch.float64):
         for result in tensors(getattr(torch.ops.moefy, name)(*args))[:1]:
@@ -58,3 +58,15 @@ def test_fresh_memory_is_nan_in_that_test(nan_in_fresh_memory):
 
 def tensors(result) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
+
+
+def test_first_run_is_zero_inside_a_backward_alone():
+    seen = []
+
+    def note(grad: Tensor) -> None:
+        seen.append(torch.ops.moefy.first_run(grad).item())
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(note)
+    (2 * x).sum().backward()
+    assert (torch.ops.moefy.first_run(x.detach()).item(), seen) == (1, [0])

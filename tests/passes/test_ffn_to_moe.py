@@ -118,8 +118,8 @@ def test_exact_rewritten_and_undone(name: str, kind: str) -> None:
     report = moefy.report(gm)
     assert [record.matched for record in report.passes] == [count]
     sites = count * (2 if name == "shared" else 1)
-    assert targets(gm)[functional.route] == sites
-    assert targets(gm)[functional.expert_exit] == sites
+    assert targets(gm)[functional.route_by] == sites
+    assert targets(gm)[functional.routed_exit] == sites
     gm.graph.lint()
     expected = dense(x)
     got = gm(x)

@@ -7,21 +7,45 @@ rank draws the same matrix and the global random state is untouched. The maths i
     >>> router(torch.randn(2, 5, 16)).top_k_index.shape
     torch.Size([10, 2])
 
-A forward has three steps: ``logits`` scores the tokens, ``choose`` picks experts, and the slots are sorted. A router of
-another kind overrides ``choose``, or ``logits`` where only the scores differ.
+A forward decides and then sorts the slots by expert. To ``decide`` is to score the tokens (``logits``) and to pick
+experts by the scores (``choose``). A router of another kind overrides ``logits`` where only the scores differ,
+``choose`` where only the choice does, and ``decide`` when it needs the tokens themselves or the mask.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from moefy.config import Capacity
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
+from moefy.nn.capacity import DEFAULT_CAPACITY, Seats, seat
 from moefy.nn.routing import Choice, Routing
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Call:
+    """What one forward asks of a router, beside the tokens.
+
+    Attributes:
+        top_k: K for this call.
+        feature_dim: the feature axis of the tokens.
+        mask: ``[T]`` bool, True = a real token; ``None`` means all are. The slots of the others are dropped afterwards,
+            so a router reads it only where tokens compete or are counted.
+        router_index: which of several routers decides; ``None`` is the default one.
+        token_ids: ``[T]`` int64, the vocabulary ids of the tokens, for routers that hash them.
+    """
+
+    top_k: int
+    feature_dim: int = -1
+    mask: torch.Tensor | None = None
+    router_index: int | None = None
+    token_ids: torch.Tensor | None = None
 
 
 class Router(nn.Module):
@@ -32,19 +56,20 @@ class Router(nn.Module):
         num_experts: E.
         top_k: K, experts per token, 1 to E.
         std: standard deviation of the normal initialisation.
+        bias: adds a learnable ``bias [E]`` to the logits, zero at first (FastMoE's ``gate_bias``).
         seed: seeds the initialisation together with ``fqn``.
         fqn: the layer's name, so that layers differ.
         device: where ``weight`` lives.
         dtype: its dtype.
 
-    A subclass may override ``logits`` (say, to add noise) or ``choose``: everything behind them is shared.
+    A subclass may override ``logits`` (say, to add noise), ``choose`` or ``decide``: everything behind them is shared.
 
     Raises:
         ConfigError: for sizes outside their domain.
     """
 
-    sums_to_one: ClassVar[bool] = True
-    """Whether each token's weights sum to 1, so that equal experts give the dense output."""
+    only_top_k: ClassVar[int | None] = None
+    """The one K of a router that is defined for one alone."""
 
     def __init__(
         self,
@@ -53,6 +78,7 @@ class Router(nn.Module):
         top_k: int,
         *,
         std: float = 0.02,
+        bias: bool = False,
         seed: int = 0,
         fqn: str = "",
         device: Any = None,
@@ -63,48 +89,129 @@ class Router(nn.Module):
             raise ConfigError("d_model", got=d_model, expected="an int >= 1")
         if num_experts < 1:
             raise ConfigError("num_experts", got=num_experts, expected="an int >= 1")
-        if not 1 <= top_k <= num_experts:
-            raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {num_experts}")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
+        self.check_top_k(top_k)
         self.std, self.seed, self.fqn = std, seed, fqn
-        self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))
+        self.capacity: Capacity | None = None
+        self.make_parameters(bias, device=device, dtype=dtype)
         self.reset_parameters()
+
+    def make_parameters(self, bias: bool, **like: Any) -> None:
+        """Create what ``reset_parameters`` fills. A router without a linear scorer creates nothing here."""
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.d_model, **like))
+        self.bias = nn.Parameter(torch.empty(self.num_experts, **like)) if bias else None
 
     def reset_parameters(self) -> None:
         """Draw ``weight`` again; the same values every time and on every rank."""
         router_init_(self.weight, self.seed, self.fqn, self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def check_top_k(self, top_k: int) -> None:
+        """Raise ``ConfigError`` for a K that this router does not have."""
+        if not 1 <= top_k <= self.num_experts:
+            raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
+        if self.only_top_k is not None and top_k != self.only_top_k:
+            raise ConfigError(
+                "top_k", got=top_k, expected=f"{self.only_top_k}, as {type(self).__name__} has it"
+            )
 
     def logits(self, x: torch.Tensor, feature_dim: int = -1) -> torch.Tensor:
         """``[T, E]`` scores of the tokens of ``x``."""
-        return functional.router_logits(x, self.weight, feature_dim)
+        logits_TE = functional.router_logits(x, self.weight, feature_dim)
+        return logits_TE if self.bias is None else logits_TE + self.bias.to(logits_TE.dtype)
 
     def choose(self, logits_TE: torch.Tensor, top_k: int) -> Choice:
         """The experts that ``logits_TE`` pick."""
         weights_TK, index_TK = functional.top_k_softmax(logits_TE, top_k)
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
 
-    def forward(self, x: torch.Tensor, feature_dim: int = -1, *, top_k: int | None = None) -> Routing:
+    def decide(self, x: torch.Tensor, call: Call) -> Choice:
+        """The experts of the tokens of ``x``."""
+        return self.choose(self.logits(x, call.feature_dim), call.top_k)
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether each token's weights sum to 1 in training and evaluation, so that equal experts are the dense FFN."""
+        return True
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether a forward needs the tokens alone: no token ids, no trace."""
+        return True
+
+    def top_k_of(self, router_index: int | None) -> int:
+        """K when a call names none."""
+        return self.top_k
+
+    @property
+    def num_routers(self) -> int:
+        """How many routers there are to choose from by ``router_index``."""
+        return 1
+
+    def departure(self) -> str | None:
+        """Why equal experts do not give the dense output; ``None`` when they do."""
+        if self.capacity is not None and not self.capacity.dropless:
+            return "its capacity drops tokens"
+        return None if self.sums_to_one else "its weights do not sum to 1"
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        feature_dim: int = -1,
+        *,
+        top_k: int | None = None,
+        capacity_factor: float | None = None,
+        mask: torch.Tensor | None = None,
+        router_index: int | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> Routing:
         """The routing of ``x``: any shape with D features on ``feature_dim``.
 
         Args:
             x: the tokens.
             feature_dim: their feature axis.
             top_k: another K for this call.
+            capacity_factor: another capacity factor for this call, 0 (nothing dropped) included. In a compiled graph it
+                is a constant: each value compiles once.
+            mask: bool in the leading shape of ``x``, True = a real token. The others go to no expert, take no seat and
+                count in no loss.
+            router_index: which router of a ``MultiRouter``; the others have but one.
+            token_ids: int64 in the leading shape of ``x``, for a ``HashRouter``; the others do not read it.
 
         Raises:
             ShapeError: when ``x`` has another width.
-            ConfigError: for a K outside 1 to E.
+            ConfigError: for a K outside 1 to E, or a router index that does not exist.
         """
         axis = functional.feature_axis(x.dim(), feature_dim)
         if x.shape[axis] != self.d_model:
             raise ShapeError(
                 f"the router expects {self.d_model} features on axis {feature_dim}; got {tuple(x.shape)}"
             )
-        top_k = self.top_k if top_k is None else top_k
-        if not 1 <= top_k <= self.num_experts:
-            raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
-        choice = self.choose(self.logits(x, feature_dim), top_k)
-        return functional.make_routing(x, choice, self.num_experts, feature_dim)
+        if router_index is not None and not 0 <= router_index < self.num_routers:
+            expected = f"0 <= router_index < {self.num_routers}"
+            raise ConfigError("router_index", got=router_index, expected=expected)
+        top_k = self.top_k_of(router_index) if top_k is None else top_k
+        self.check_top_k(top_k)
+        call = Call(
+            top_k=top_k,
+            feature_dim=feature_dim,
+            mask=None if mask is None else mask.reshape(-1),
+            router_index=router_index,
+            token_ids=None if token_ids is None else token_ids.reshape(-1),
+        )
+        choice = self.decide(x, call)
+        if call.mask is not None:
+            choice = choice.masked(call.mask, self.num_experts)
+        seats = self.seat(choice, top_k, capacity_factor)
+        return functional.make_routing(x, choice, self.num_experts, feature_dim, seats)
+
+    def seat(self, choice: Choice, top_k: int, factor: float | None = None) -> Seats | None:
+        """Who keeps a seat under ``capacity``, or under a ``factor`` for this call; ``None`` when nothing limits."""
+        if self.capacity is None and factor is None:
+            return None
+        capacity = DEFAULT_CAPACITY if self.capacity is None else self.capacity
+        return seat(choice, capacity, self.num_experts, top_k, training=self.training, factor=factor)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -119,7 +226,12 @@ def router_init_(weight_ED: torch.Tensor, seed: int, fqn: str, std: float) -> to
     """
     if weight_ED.is_meta:
         return weight_ED
-    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = seeded_generator(seed, fqn)
     draw = torch.randn(weight_ED.shape, generator=generator, dtype=torch.float32, device="cpu")
     return weight_ED.copy_(draw * std)
+
+
+def seeded_generator(seed: int, fqn: str) -> torch.Generator:
+    """A generator on the CPU that depends on ``seed`` and ``fqn`` alone."""
+    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

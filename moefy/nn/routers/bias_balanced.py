@@ -1,0 +1,159 @@
+"""Aux-loss-free balancing: a bias per expert picks the experts and is moved against the load (Wang et al. 2024).
+
+T tokens, E experts, K top-k.
+
+    c = the K best of s + b     w = s[c] / sum(s[c])     after each step:  b_e += rate * sign(mean n - n_e)
+
+Contract: n counts the slots of all training forwards since the last step, over all ranks, recomputed ones once, padding
+not at all. The update comes by itself right before an optimizer that holds ``weight`` steps (torchtitan's hook), so
+that accumulation counts the whole batch and a step that GradScaler skips counts on. By hand: ``update_bias()``. The
+bias is the DeepSeek-V3 ``e_score_correction_bias``; gradients do not reach it.
+
+    >>> router = BiasBalancedRouter(16, 8, 2, rate=1e-3, n_groups=4, topk_groups=2, scale=2.5)      # DeepSeek-V3
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from moefy import ops
+from moefy.errors import ConfigError
+from moefy.nn import losses
+from moefy.nn.routers.base import Call
+from moefy.nn.routers.group_limited import GroupLimitedRouter
+from moefy.nn.routing import Choice
+
+
+def bias_step(counts_E: Tensor, rate: float) -> Tensor:
+    """``[E]`` fp32: ``rate * sign(mean n - n_e)``; exact, since it compares ``sum n`` with ``E * n_e``."""
+    return rate * torch.sign(counts_E.sum() - counts_E.shape[0] * counts_E).float()
+
+
+class BiasBalancedRouter(GroupLimitedRouter):
+    """Selection by score + bias, weights by score.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        top_k: K.
+        rate: how far the bias moves at each step; 0.001 in DeepSeek-V3.
+        auto_update: whether optimizers update it; else ``update_bias`` is yours to call.
+        options: of ``GroupLimitedRouter``: ``n_groups``, ``score``, ``renormalize``, ``scale``, ...
+
+    Buffers:
+        ``expert_bias [E]``, saved with the model, fp32 whatever the model's dtype (0.001 is lost on a bf16 bias).
+
+    Attributes:
+        counts: ``[E]`` int64, the slots since the last update on this rank. No buffer, since DistributedDataParallel
+            would overwrite it with the first rank's.
+        group: the ranks whose counts are summed; ``None`` is all of them once ``torch.distributed`` is up.
+
+    Raises:
+        ConfigError: for values outside their domain.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        rate: float = 1e-3,
+        auto_update: bool = True,
+        **options: Any,
+    ) -> None:
+        if not 0 <= rate < float("inf"):
+            raise ConfigError("rate", got=rate, expected="a finite number >= 0")
+        self.rate, self.auto_update = rate, auto_update
+        super().__init__(d_model, num_experts, top_k, **options)
+        self.group: Any = None
+        _ROUTERS.add(self)
+
+    def make_parameters(self, bias: bool, **like: Any) -> None:
+        """The scorer, the bias that balances, the counts."""
+        super().make_parameters(bias, **like)
+        device = like.get("device")
+        self.register_buffer("expert_bias", torch.empty(self.num_experts, dtype=torch.float32, device=device))
+        self.counts = torch.empty(self.num_experts, dtype=torch.int64, device=device)
+
+    def reset_parameters(self) -> None:
+        """Draw ``weight``; the bias and the counts are zero."""
+        super().reset_parameters()
+        self.expert_bias.zero_()
+        self.counts.zero_()
+
+    def ranking(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int) -> Tensor:
+        """Scores and bias, -inf outside each token's groups."""
+        biased_TE = scores_TE + self.expert_bias.to(scores_TE.dtype)
+        return biased_TE if self.n_groups == 1 else self.limited(biased_TE, top_k)
+
+    def decide(self, x: Tensor, call: Call) -> Choice:
+        """The experts, counted in training."""
+        choice = super().decide(x, call)
+        if self.training and not torch.compiler.is_exporting():
+            self.count(choice.index, call.mask)
+        return choice
+
+    @torch.no_grad()
+    def count(self, index_TK: Tensor, mask_T: Tensor | None = None) -> None:
+        """Add these slots to ``counts``, unless a checkpoint runs the forward again."""
+        counts_E = losses.assignment_totals(index_TK, self.num_experts, mask_T)[:-1]
+        self.counts.add_(counts_E * ops.first_run(counts_E))
+
+    def update_bias(self) -> None:
+        """Move the bias against the load since the last update, of all ranks of ``group``; all must call it."""
+        update_biases([self])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype not in (torch.float32, torch.float64):
+            self.expert_bias = bias.to(self.expert_bias.device)
+        self.counts = fn(self.counts)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "group": None}  # process groups do not pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _ROUTERS.add(self)
+
+
+@torch.no_grad()
+def update_biases(routers: Sequence[BiasBalancedRouter]) -> None:
+    """``update_bias`` of several routers, with one all-reduce for those of one group and device."""
+    by_place: dict[tuple[int, torch.device], list[BiasBalancedRouter]] = {}
+    for router in routers:
+        by_place.setdefault((id(router.group), router.counts.device), []).append(router)
+    for together in by_place.values():
+        counts = torch.cat([router.counts for router in together])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts, group=together[0].group)
+        pieces = counts.split([router.num_experts for router in together])
+        for router, counts_E in zip(together, pieces, strict=True):
+            router.expert_bias.add_(bias_step(counts_E, router.rate))
+            router.counts.zero_()
+
+
+_ROUTERS: weakref.WeakSet[BiasBalancedRouter] = weakref.WeakSet()
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Update the routers whose ``weight`` the optimizer holds, on every rank in the order of its parameters."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    place = {id(p): i for i, p in enumerate(held)}
+    due = [r for r in _ROUTERS if r.auto_update and r.training and id(r.weight) in place]
+    update_biases(sorted(due, key=lambda router: place[id(router.weight)]))
+
+
+register_optimizer_step_pre_hook(_before_step)

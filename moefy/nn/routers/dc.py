@@ -1,0 +1,86 @@
+"""DC: GShard's two experts under a limit per expert that counts all workers (FastMoE's distributed capacity gate).
+
+T tokens of all workers, E experts, W workers.
+
+    an expert keeps its first ceil(rate * T / W) slots, in the order of tokens; then as GShard
+
+Contract: a slot that chance drops afterwards has taken its seat. FastMoE seats in the order of its atomics, which is no
+order; here it is the order of tokens and choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from moefy.config import Capacity
+from moefy.errors import ConfigError
+from moefy.nn.capacity import queue_ranks, rule_capacity
+from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.gshard import GShardRouter, random_second
+from moefy.nn.routing import Choice
+
+_RULE = Capacity(rule="fastmoe_dc")
+
+
+def limit_slots(choice: Choice, seats: int, num_experts: int) -> Choice:
+    """``choice`` with the slots dropped that come behind the first ``seats`` of their expert."""
+    drop_TK = queue_ranks(choice.index, num_experts) >= seats
+    return dataclasses.replace(
+        choice,
+        index=choice.index.masked_fill(drop_TK, num_experts),
+        weights=choice.weights.masked_fill(drop_TK, 0.0),
+    )
+
+
+class DCRouter(GShardRouter):
+    """FastMoE's DCGate. K is 2.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        top_k: 2.
+        rates: seats of an expert per token of one worker, in training and in evaluation.
+        num_workers: W, over whose tokens T counts.
+        options: of ``GShardRouter``.
+
+    Raises:
+        ConfigError: for rates that are not positive, or no worker.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        rates: tuple[float, float] = (1.2, 2.4),
+        num_workers: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, **options)
+        if len(rates) != 2 or not all(0 < rate < float("inf") for rate in rates):
+            raise ConfigError("rates", got=rates, expected="two numbers > 0, for training and evaluation")
+        if num_workers < 1:
+            raise ConfigError("num_workers", got=num_workers, expected="an int >= 1")
+        self.rates, self.num_workers = tuple(rates), num_workers
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Where every expert has a seat for every token and chance drops none."""
+        return min(self.rates) >= self.num_workers and not self.random_routing
+
+    def decide(self, x: Tensor, call: Call) -> Choice:
+        """Seats first, chance second."""
+        choice = Router.choose(self, self.logits(x, call.feature_dim), call.top_k)
+        if call.mask is not None:
+            choice = choice.masked(call.mask, self.num_experts)
+        rate = self.rates[0] if self.training else self.rates[1]
+        own_tokens = -(-choice.index.shape[0] // self.num_workers)
+        seats = rule_capacity(_RULE, rate, own_tokens, call.top_k, self.num_experts)
+        choice = limit_slots(choice, seats, self.num_experts)
+        if not self.training or not self.random_routing:
+            return choice
+        return random_second(choice, self.num_experts)

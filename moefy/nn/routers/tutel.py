@@ -1,0 +1,80 @@
+"""Tutel's top gate: noise on the logits, a softmax over all experts, the K best divided by their sum.
+
+T tokens, E experts, K top-k.
+
+    s = softmax(logits + gate_noise * N(0, 1) / E)     w = s[chosen] / max(sum(s[chosen]), eps)  for K > 1
+
+Contract: with noise, in training, ``Choice.losses`` holds Tutel's other loss in both of its units, see
+``moefy.nn.losses``: "load_importance" and "tutel_load_importance".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.errors import ConfigError
+from moefy.nn import losses
+from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.scored import chosen_weights, top_k_index
+from moefy.nn.routing import Choice
+
+
+class TutelTopRouter(Router):
+    """Tutel's ``top`` gate.
+
+    Args:
+        d_model: D.
+        num_experts: E.
+        top_k: K.
+        gate_noise: the standard deviation of the noise in training, times E; 0 is none.
+        normalize_gate: divide the weights by their sum where K > 1.
+        options: of ``Router``.
+
+    Raises:
+        ConfigError: for negative noise.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate_noise: float = 0.0,
+        normalize_gate: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, **options)
+        if not 0 <= gate_noise < float("inf"):
+            raise ConfigError("gate_noise", got=gate_noise, expected="a finite number >= 0")
+        self.gate_noise, self.normalize_gate = gate_noise, normalize_gate
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Where the weights are normalised, which takes two of them."""
+        return self.normalize_gate and self.top_k > 1
+
+    def decide(self, x: Tensor, call: Call) -> Choice:
+        """The K best noisy scores."""
+        clean_TE = self.logits(x, call.feature_dim)
+        if not self.training or self.gate_noise == 0:
+            return self.choose(clean_TE, call.top_k)
+        std = self.gate_noise / self.num_experts
+        noisy_TE = clean_TE + torch.randn_like(clean_TE) * std
+        choice = self.choose(noisy_TE, call.top_k)
+        parts = (clean_TE, noisy_TE, choice.index, std)
+        choice.losses = {
+            "load_importance": losses.load_importance(*parts, mask_T=call.mask),
+            "tutel_load_importance": losses.tutel_load_importance(*parts, mask_T=call.mask),
+        }
+        return choice
+
+    def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
+        """The K best of the softmax."""
+        index_TK = top_k_index(logits_TE, top_k)
+        renormalize = self.normalize_gate and top_k > 1
+        weights_TK = chosen_weights(logits_TE, index_TK, "softmax", renormalize=renormalize)
+        return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
