@@ -44,6 +44,10 @@ def first_run(dtype: torch.dtype) -> list[Args]:
     return [(index(5),), (randn(0, 3, dtype=dtype).detach(),)]
 
 
+def loss_scale(dtype: torch.dtype) -> list[Args]:
+    return [(randn(2, dtype=dtype).detach(),), (randn(0, 3, dtype=dtype).detach(),)]
+
+
 def scores(tokens: int, dtype: torch.dtype) -> Tensor:
     """Half a unit apart in each row, so that finite differences choose the same experts."""
     places = randn(tokens, E, dtype=torch.float64).detach().argsort(1)
@@ -137,7 +141,7 @@ def expert_ffn_backward(dtype: torch.dtype) -> list[Args]:
     return found
 
 
-WITHOUT_GRADIENTS = frozenset({"first_run", "sort_by_expert"})
+WITHOUT_GRADIENTS = frozenset({"first_run", "loss_scale", "sort_by_expert"})
 SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "combine": combine,
     "combine_backward": combine_backward,
@@ -146,6 +150,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "first_run": first_run,
     "grouped_linear": grouped_linear,
     "grouped_linear_backward": grouped_linear_backward,
+    "loss_scale": loss_scale,
     "permute": permute,
     "sort_by_expert": sort_by_expert,
     "sum_slots": sum_slots,
