@@ -23,6 +23,10 @@ _PUBLIC = {
     "MoEConfig": "moefy.config",
     "RouterSpec": "moefy.config",
     "Capacity": "moefy.config",
+    "AuxLoss": "moefy.config",
+    "aux_loss": "moefy.nn.aux_delivery",
+    "deliver_aux_loss": "moefy.nn.aux_delivery",
+    "loss_scale": "moefy.nn.aux_delivery",
     "FFNMatch": "moefy.records",
     "LayerRecord": "moefy.records",
     "PassRecord": "moefy.records",
@@ -31,6 +35,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "AuxLoss",
     "Capacity",
     "FFNMatch",
     "LayerRecord",
@@ -40,8 +45,11 @@ __all__ = [
     "RewriteReport",
     "RouterSpec",
     "__version__",
+    "aux_loss",
+    "deliver_aux_loss",
     "errors",
     "find",
+    "loss_scale",
     "report",
     "transform",
     "undo",
@@ -49,8 +57,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moefy import errors
-    from moefy.config import Capacity, MoEConfig, RouterSpec
+    from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
     from moefy.nn import MoE
+    from moefy.nn.aux_delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.records import FFNMatch, LayerRecord, PassRecord
     from moefy.revert import undo
     from moefy.rewrite_report import RewriteReport

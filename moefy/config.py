@@ -240,7 +240,8 @@ class AuxLoss:
 
     Args:
         weight: of the balance loss; 0.01 is that of Switch Transformer. A weight of 0 leaves its term out.
-        balance: the balance loss, one of ``BALANCE_NAMES``; ``moefy.nn.losses`` has the formulas. "switch" is canonical.
+        balance: the balance loss, one of ``BALANCE_NAMES``; ``moefy.nn.losses`` has the formulas. "switch" is the
+            canonical one.
         z_weight: of the z-loss; 0.001 in ST-MoE.
         router_weight: of the sum of the router's own losses ("importance" and "load" of noisy top-k).
         scope: what the balance loss is taken over. "micro_batch": the tokens of one forward on one rank. "sequence":

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from moefy.errors import ConfigError, ExpertsDiverged, NotTransformed
 from moefy.graph_surgery import GraphShell, restore_graph
+from moefy.nn.aux_delivery import withdraw
 from moefy.nn.upcycling import Origin, unstack
 from moefy.surgery import Shell
 from moefy.upcycle import bare_module
@@ -50,6 +51,7 @@ def undo(model: ModelT, *, expert: int | None = None) -> ModelT:
         _restore_flags(module.__dict__["_dense"])
     for owner, shell in graphs:
         _restore_graph(owner, shell, expert or 0)
+    withdraw(root)
     for module in root.modules():
         module.__dict__.pop("_moefy_report", None)
     return model

@@ -19,6 +19,7 @@ from moefy.config import MoEConfig, router_name
 from moefy.errors import AlreadyTransformed, CheckFailed, ConfigError, NoFFNFound, UnknownOption
 from moefy.graph_surgery import GraphLayer, build_graph_layer
 from moefy.nn import Router
+from moefy.nn.aux_delivery import deliver_aux_loss
 from moefy.nn.routers import check_router, configured_router
 from moefy.nn.upcycling import add_noise
 from moefy.passes.match_ffn import Match
@@ -101,6 +102,7 @@ def rewrite_survey(
     report_ = make_report(
         root, found, matches, config, planned, dense_params, verdict, records, dry_run=False
     )
+    deliver_aux_loss(root)
     root.__dict__["_moefy_report"] = report_
     return report_
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moefy.errors import RoutingError, ShapeError
 from moefy.nn import functional
+from moefy.nn.assign import assign
 from moefy.nn.expert_linear import ExpertLinear
 from moefy.nn.routed_rows import Mark, Ticket, mark_of, with_mark
 from moefy.nn.routers import Router
@@ -230,20 +231,6 @@ class ExitLinear(ExpertLinear):
                 feature_dim=self.feature_dim,
             )
             return functional.add_residual(y, routing)
-
-
-def assign(holder: Any, name: str, value: Any) -> None:
-    """``setattr``, under Dynamo also from inside a checkpoint, on what was made outside of it.
-
-    Dynamo forbids such side effects since a recomputation would not repeat them. These are undone
-    before the FFN ends, hence nothing is left to repeat.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
-            setattr, holder, name, value
-        )
-    else:
-        setattr(holder, name, value)
 
 
 def carries_subclass(x: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from moefy.ops.combine import combine
 from moefy.ops.expert_ffn import GLU, GLU_FORMS, expert_ffn
 from moefy.ops.first_run import first_run
 from moefy.ops.grouped_linear import grouped_linear
+from moefy.ops.loss_scale import loss_scale, set_loss_scale
 from moefy.ops.permute import permute
 from moefy.ops.sort import sort_by_expert
 from moefy.ops.top_k import top_k_softmax
@@ -27,7 +28,9 @@ __all__ = [
     "expert_ffn",
     "first_run",
     "grouped_linear",
+    "loss_scale",
     "permute",
+    "set_loss_scale",
     "sort_by_expert",
     "top_k_softmax",
 ]

@@ -167,6 +167,51 @@ def _register() -> None:
 _register()
 
 
+def expert_modules() -> moefy.MoE:
+    """A layer whose experts are modules."""
+    torch.manual_seed(0)
+    layer = moefy.MoE(
+        8, num_experts=4, experts=lambda: nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 8))
+    )
+    return layer.double()
+
+
+def expert_modules_batch(rank: int) -> Tensor:
+    """Nothing for rank 1, and for rank 0 one token: two of four experts have none at all."""
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64)[None]
+    return x if rank == 0 else x[:0]
+
+
+@scenario("idle-expert-modules")
+def idle_expert_modules(rank: int) -> dict[str, Any]:
+    """Without ``find_unused_parameters``: it hangs where a parameter gets no gradient."""
+    model = DistributedDataParallel(expert_modules())
+    model(expert_modules_batch(rank)).square().sum().backward()
+    return {"grads": {bare_name(n): whole(p.grad) for n, p in model.named_parameters()}}
+
+
+def biased(rank: int | None, ranks: int) -> Tensor:
+    """The balancing bias after two steps of two micro-batches; of all ranks' batches for ``rank=None``."""
+    torch.manual_seed(0)
+    layer = moefy.MoE(8, 12, 4, router=moefy.RouterSpec("bias_balanced", rate=0.1, std=1.0)).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    model = layer if rank is None else DistributedDataParallel(layer)
+    for step in range(2):
+        for micro in range(2):
+            for r in range(ranks) if rank is None else (rank,):
+                generator = torch.Generator().manual_seed(100 * step + 10 * micro + r)
+                x = torch.randn(5 + 3 * r, 8, dtype=torch.float64, generator=generator)
+                model(x).sum().backward()
+        optimizer.step()
+    return layer.router.get_buffer("expert_bias").clone()
+
+
+@scenario("bias-balanced")
+def bias_balanced(rank: int) -> dict[str, Any]:
+    """Every micro-batch synchronises, so that DistributedDataParallel broadcasts buffers before each forward."""
+    return {"bias": biased(rank, dist.get_world_size())}
+
+
 @scenario("router-init")
 def router_init(rank: int) -> dict[str, Any]:
     """Ranks with different global seeds, before anything is broadcast."""

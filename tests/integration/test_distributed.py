@@ -79,6 +79,17 @@ def test_a_rank_without_tokens_contributes_zero(results: Results, name: str) -> 
         assert_same(found["grads"], gradients(model), SAME[torch.float64])
 
 
+def test_expert_modules_without_tokens_contribute_zero(results: Results) -> None:
+    model = ranks.expert_modules()
+    (model(ranks.expert_modules_batch(0)).square().sum() / SIZE).backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    assert (
+        sum(bool(g.any()) for g in expected.values()) == 9
+    )  # two experts of four parameters, and the router
+    for found in of(results, "idle-expert-modules"):
+        assert_same(found["grads"], expected, SAME[torch.float64])
+
+
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("step", [0, 1])
 def test_balance_of_the_global_batch(results: Results, mode: str, step: int) -> None:
@@ -110,6 +121,14 @@ def test_full_state_dict_into_a_sharded_model(results: Results) -> None:
         expected = call(moe("inline"), batch("inline"))
     for found in of(results, "load-sharded"):
         assert_close(found["output"], expected, SAME[torch.float64])
+
+
+def test_the_balancing_bias_counts_all_ranks(results: Results) -> None:
+    """Four micro-batches per rank: the bias is that of one process with all of them, on every rank."""
+    expected = biased(None, 2)
+    assert expected.any()
+    for found in of(results, "bias-balanced"):
+        assert torch.equal(found["bias"], expected)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -44,6 +44,10 @@ def first_run(dtype: torch.dtype) -> list[Args]:
     return [(index(5),), (randn(0, 3, dtype=dtype).detach(),)]
 
 
+def loss_scale(dtype: torch.dtype) -> list[Args]:
+    return [(randn(2, dtype=dtype).detach(),), (randn(0, 3, dtype=dtype).detach(),)]
+
+
 def scores(tokens: int, dtype: torch.dtype) -> Tensor:
     """Half a unit apart in each row, so that finite differences choose the same experts."""
     places = randn(tokens, E, dtype=torch.float64).detach().argsort(1)
@@ -143,7 +147,7 @@ def expert_ffn_backward_in_place(dtype: torch.dtype) -> list[Args]:
     return [tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for args in found]
 
 
-WITHOUT_GRADIENTS = frozenset({"expert_ffn_backward_", "first_run", "sort_by_expert"})
+WITHOUT_GRADIENTS = frozenset({"expert_ffn_backward_", "first_run", "loss_scale", "sort_by_expert"})
 SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "combine": combine,
     "combine_backward": combine_backward,
@@ -153,6 +157,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "first_run": first_run,
     "grouped_linear": grouped_linear,
     "grouped_linear_backward": grouped_linear_backward,
+    "loss_scale": loss_scale,
     "permute": permute,
     "sort_by_expert": sort_by_expert,
     "sum_slots": sum_slots,

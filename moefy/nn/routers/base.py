@@ -21,10 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from moefy.config import Capacity
+from moefy.config import AuxLoss, Capacity
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
+from moefy.nn.aux_loss import AuxState, Injected, layer_loss
 from moefy.nn.capacity import DEFAULT_CAPACITY, Seats, seat
+from moefy.nn.load import LoadCounter, in_backward
 from moefy.nn.routing import Choice, Routing
 
 
@@ -93,6 +95,9 @@ class Router(nn.Module):
         self.check_top_k(top_k)
         self.std, self.seed, self.fqn = std, seed, fqn
         self.capacity: Capacity | None = None
+        self.aux_loss: AuxLoss | None = None
+        self.aux_state = AuxState()
+        self.load_counter = LoadCounter(num_experts, device)
         self.make_parameters(bias, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -204,7 +209,37 @@ class Router(nn.Module):
         if call.mask is not None:
             choice = choice.masked(call.mask, self.num_experts)
         seats = self.seat(choice, top_k, capacity_factor)
-        return functional.make_routing(x, choice, self.num_experts, feature_dim, seats)
+        return self.observe(functional.make_routing(x, choice, self.num_experts, feature_dim, seats))
+
+    def observe(self, routing: Routing) -> Routing:
+        """Count the load and keep the auxiliary loss of a training forward; returns the routing to go on with.
+
+        That is another one only where a reentrant checkpoint recomputes: there the auxiliary loss enters the graph.
+        """
+        state = self.aux_state
+        if not self.training or torch.compiler.is_exporting():
+            state.clear()
+            return routing
+        self.load_counter.count(routing)
+        if self.aux_loss is None:
+            return routing
+        l_aux = layer_loss(self.aux_loss, routing, self.num_experts, self.load_counter, state.group)
+        recomputes = None if torch.compiler.is_dynamo_compiling() else in_backward()
+        if state.scale is not None and recomputes is not False and l_aux.requires_grad:
+            (weights_TK,) = Injected.apply(l_aux, state.scale, routing.top_k_weights)
+            return dataclasses.replace(routing, top_k_weights=weights_TK)
+        if not recomputes:
+            state.note(l_aux)
+        return routing
+
+    @property
+    def l_aux(self) -> torch.Tensor | None:
+        """The weighted auxiliary loss of the last training forward; see ``moefy.nn.aux_loss``."""
+        return self.aux_state.l_aux
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.load_counter.move(fn)
+        return super()._apply(fn, recurse)
 
     def seat(self, choice: Choice, top_k: int, factor: float | None = None) -> Seats | None:
         """Who keeps a seat under ``capacity``, or under a ``factor`` for this call; ``None`` when nothing limits."""

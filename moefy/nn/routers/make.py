@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from moefy.config import Capacity, MoEConfig, RouterSpec
+from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
 from moefy.errors import ConfigError, UnknownOption, suggest
 from moefy.nn.routers.base import Router, seeded_generator
 from moefy.nn.routers.custom import CustomRouter
@@ -87,6 +87,7 @@ def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Ten
     }
     router = make_router(config.router, d_model, config.num_experts, config.top_k, **place)
     router.capacity = Capacity.of(config.capacity)
+    router.aux_loss = AuxLoss.of(config.aux_loss)
     return router
 
 

@@ -1,0 +1,135 @@
+"""``LoadCounter``: how many tokens each expert of a router got, counted on the device in training forwards.
+
+Contract: one in-place add per forward, no sync. Evaluation, padding and recomputation (both checkpoint kinds, compiled
+or not) count nothing. The counters are no buffers: no ``state_dict`` holds them and DistributedDataParallel, which
+broadcasts buffers, leaves each rank its own. ``moefy.load(model)`` reads them.
+
+    >>> counter = LoadCounter(num_experts=3)
+    >>> counter.count(routing)                 # offsets_E = [2, 2, 5]
+    >>> counter.tokens_per_expert()
+    tensor([2, 0, 3])
+
+To look at single forwards (FastMoE's ``gate_hook``), hang an ordinary forward hook on the router; its output is the
+``Routing``. Inside ``torch.compile`` a hook is compiled along.
+
+    router.register_forward_hook(lambda router, args, routing: print(routing.top_k_index, routing.top_k_weights))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
+
+from moefy import ops
+from moefy.nn.routing import Routing
+
+LOSSES = ("l_aux", "balance", "z_loss", "router")
+"""What ``LoadCounter.losses`` sums: the weighted auxiliary loss, then its terms without their weights."""
+
+
+class LoadCounter:
+    """Sums over the training forwards since the last ``reset``.
+
+    Attributes:
+        ends: ``[E]`` int64, the sum of the routings' offsets, so that the differences are tokens per expert.
+        dropped: 0-dim int64, slots that capacity dropped.
+        losses: ``[5]`` fp32, ``LOSSES`` and, last, the number of forwards that had an auxiliary loss.
+    """
+
+    def __init__(self, num_experts: int, device: Any = None) -> None:
+        self.num_experts = num_experts
+        self._make(device)
+
+    def _make(self, device: Any) -> None:
+        with torch.inference_mode(False):
+            self.ends = _static(torch.zeros(self.num_experts, dtype=torch.int64, device=device))
+            self.dropped = _static(torch.zeros((), dtype=torch.int64, device=device))
+            self.losses = _static(torch.zeros(len(LOSSES) + 1, dtype=torch.float32, device=device))
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        for counter in (self.ends, self.dropped, self.losses):
+            counter.zero_()
+
+    @torch.no_grad()
+    def count(self, routing: Routing) -> None:
+        """Add one forward, unless a checkpoint runs it again or something traces it."""
+        if not counts():
+            return
+        _add(self, "ends", routing.offsets)
+        asked_TK = routing.choice.index
+        if asked_TK is not routing.top_k_index:
+            asked = ((asked_TK >= 0) & (asked_TK < self.num_experts)).sum()
+            _add(self, "dropped", asked - routing.offsets[-1])
+
+    @torch.no_grad()
+    def add_losses(self, values: list[Tensor | None], like: Tensor) -> None:
+        """Add one forward's ``LOSSES``; ``None`` is 0."""
+        if counts():
+            zero, one = like.new_zeros((), dtype=torch.float32), like.new_ones((), dtype=torch.float32)
+            parts = [zero if value is None else value.detach().float() for value in values]
+            _add(self, "losses", torch.stack([*parts, one]))
+
+    def tokens_per_expert(self) -> Tensor:
+        """``[E]`` int64, slots that stayed."""
+        return torch.diff(self.ends, prepend=self.ends.new_zeros(1))
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a module's ``_apply`` to another device, whatever else ``fn`` does to its tensors."""
+        device = fn(torch.empty(0, dtype=torch.int64, device=self.ends.device)).device
+        if device == self.ends.device:
+            return
+        if device.type == "meta" or self.ends.is_meta:
+            self._make(device)
+        else:
+            for name in ("ends", "dropped", "losses"):
+                setattr(self, name, _static(getattr(self, name).to(device)))
+
+
+def counts() -> bool:
+    """Whether this run of the code is a forward: no recomputation, no trace, no transform of functorch.
+
+    In a compiled graph it is ``ops.first_run`` that asks for the recomputation.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return not torch.compiler.is_exporting()
+    return not in_backward() and not traced() and _functorch.peek_interpreter_stack() is None
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward, which is where activation checkpoints recompute."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def traced() -> bool:
+    """Whether ``make_fx``, ``torch.export`` or a fake mode looks on."""
+    if torch.compiler.is_exporting():
+        return True
+    kind = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (kind.PROXY, kind.FAKE))
+
+
+def _add(counter: LoadCounter, name: str, value: Tensor) -> None:
+    total = getattr(counter, name)
+    if torch.compiler.is_dynamo_compiling():
+        total.add_(value * ops.first_run(value))
+    elif total.device == value.device:
+        total.add_(value)
+    elif total.is_meta:  # the weights came by assignment, which moves nothing
+        counter._make(value.device)
+        getattr(counter, name).add_(value)
+    else:  # a replica of DataParallel
+        total.add_(value.to(total.device))
+
+
+def _static(counter: Tensor) -> Tensor:
+    """``counter``, marked as ``torch._dynamo.mark_static_address`` does: CUDA graphs may write to it in place.
+
+    Calling that here would import Dynamo.
+    """
+    counter._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return counter
