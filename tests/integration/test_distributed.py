@@ -125,7 +125,7 @@ def test_full_state_dict_into_a_sharded_model(results: Results) -> None:
 
 def test_the_balancing_bias_counts_all_ranks(results: Results) -> None:
     """Four micro-batches per rank: the bias is that of one process with all of them, on every rank."""
-    expected = biased(None, 2)
+    expected = ranks.biased(None, SIZE)
     assert expected.any()
     for found in of(results, "bias-balanced"):
         assert torch.equal(found["bias"], expected)

@@ -91,10 +91,14 @@ class BiasBalancedRouter(GroupLimitedRouter):
         self.expert_bias.zero_()
         self.counts.zero_()
 
-    def ranking(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int) -> Tensor:
+    @property
+    def ranks_logits(self) -> bool:
+        """Never: the bias has a say."""
+        return False
+
+    def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
         """Scores and bias, -inf outside each token's groups."""
-        biased_TE = scores_TE + self.expert_bias.to(scores_TE.dtype)
-        return biased_TE if self.n_groups == 1 else self.limited(biased_TE, top_k)
+        return super().ranking(scores_TE + self.expert_bias.to(scores_TE.dtype), top_k)
 
     def decide(self, x: Tensor, call: Call) -> Choice:
         """The experts, counted in training."""
@@ -107,7 +111,8 @@ class BiasBalancedRouter(GroupLimitedRouter):
     def count(self, index_TK: Tensor, mask_T: Tensor | None = None) -> None:
         """Add these slots to ``counts``, unless a checkpoint runs the forward again."""
         counts_E = losses.assignment_totals(index_TK, self.num_experts, mask_T)[:-1]
-        self.counts.add_(counts_E * ops.first_run(counts_E))
+        counts_E = counts_E * ops.first_run(counts_E)
+        self.counts.add_(counts_E.to(self.counts.device))  # another one in a replica of nn.DataParallel
 
     def update_bias(self) -> None:
         """Move the bias against the load since the last update, of all ranks of ``group``; all must call it."""

@@ -84,14 +84,15 @@ class GroupLimitedRouter(ScoreTopK):
         if top_k > limit:
             raise ConfigError("top_k", got=top_k, expected=f"top_k <= {limit}, the experts in topk_groups")
 
-    def ranking(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int) -> Tensor:
+    @property
+    def ranks_logits(self) -> bool:
+        """With one group."""
+        return self.n_groups == 1
+
+    def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
         """The scores, those of other groups being -inf."""
         if self.n_groups == 1:
-            return logits_TE
-        return self.limited(scores_TE, top_k)
-
-    def limited(self, scores_TE: Tensor, top_k: int) -> Tensor:
-        """``scores_TE`` with -inf outside each token's groups."""
+            return scores_TE
         best = max(1, top_k // self.topk_groups) if self.group_best is None else self.group_best
         best = min(best, self.num_experts // self.n_groups)
         return limit_to_groups(scores_TE, self.n_groups, self.topk_groups, best)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from moefy.errors import ConfigError, RoutingError, ShapeError
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routers.scored import ScoreTopK, all_scores, chosen_weights
+from moefy.nn.routers.scored import ScoreTopK, all_scores, renormalized
 from moefy.nn.routing import Choice, Routing
 
 
@@ -166,12 +166,16 @@ class ReplayRouter(ScoreTopK):
         index_TK = self._entry(logits_TE.shape[0], call.top_k)
         valid_TK = (index_TK >= 0) & (index_TK < self.num_experts)
         addresses_TK = index_TK.masked_fill(~valid_TK, 0)
-        weights_TK = chosen_weights(logits_TE, addresses_TK, self.score, renormalize=self.renormalize)
+        scores_TE = all_scores(logits_TE, self.score)
+        if self.renormalize:
+            weights_TK = renormalized(logits_TE, addresses_TK, self.score)
+        else:
+            weights_TK = scores_TE.gather(1, addresses_TK)
         return Choice(
             index=index_TK,
             weights=(weights_TK * self.scale).masked_fill(~valid_TK, 0.0),
             logits=logits_TE,
-            scores=all_scores(logits_TE, self.score),
+            scores=scores_TE,
         )
 
     def _entry(self, tokens: int, top_k: int) -> Tensor:

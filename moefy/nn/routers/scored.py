@@ -8,8 +8,8 @@ T tokens, E experts, K top-k.
 Contract: ``scale`` multiplies the weights at the end (DeepSeek's routed scaling factor). Scores rise with the logits,
 so the logits pick the experts: no two of them tie because a sigmoid saturates.
 
-    >>> chosen_weights(torch.tensor([[0.0, 0.0, -9.0]]), torch.tensor([[0]]), "softmax", renormalize=False)
-    tensor([[0.5000]])
+    >>> renormalized(torch.tensor([[0.0, 0.0, -9.0]]), torch.tensor([[0, 1]]))
+    tensor([[0.5000, 0.5000]])
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ def all_scores(logits_TE: Tensor, score: Score) -> Tensor:
     return torch.softmax(logits_TE, dim=-1) if score == "softmax" else torch.sigmoid(logits_TE)
 
 
-def chosen_weights(logits_TE: Tensor, index_TK: Tensor, score: Score, *, renormalize: bool) -> Tensor:
-    """``[T, K]``: the scores of the chosen experts, divided by their sum on request.
+def renormalized(logits_TE: Tensor, index_TK: Tensor, score: Score = "softmax") -> Tensor:
+    """``[T, K]``: the scores of the chosen experts, divided by their sum.
 
-    The quotient is computed as a softmax over log-scores, which sums to 1 also where all scores underflow.
+    Computed as a softmax over log-scores, which sums to 1 also where all scores underflow.
     """
-    if renormalize:
-        chosen_TK = logits_TE.gather(1, index_TK)
-        return torch.softmax(chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK), dim=-1)
-    return all_scores(logits_TE, score).gather(1, index_TK)
+    chosen_TK = logits_TE.gather(1, index_TK)
+    return torch.softmax(chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK), dim=-1)
 
 
 class ScoreTopK(Router):
@@ -95,15 +93,28 @@ class ScoreTopK(Router):
         """With renormalisation and without scaling."""
         return self.renormalize and self.scale == 1
 
-    def ranking(self, logits_TE: Tensor, scores_TE: Tensor, top_k: int) -> Tensor:
-        """``[T, E]``: what the K best are taken of."""
-        return logits_TE
+    def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
+        """``[T, E]``: what the K best are taken of, unless it is the logits."""
+        return scores_TE
+
+    @property
+    def ranks_logits(self) -> bool:
+        """Whether the logits alone pick the experts."""
+        return True
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
         """The K best, weighted by their scores."""
+        if self.ranks_logits and self.renormalize and self.score == "softmax":  # one fused op does it
+            choice = super().choose(logits_TE, top_k)
+            choice.weights = choice.weights * self.scale if self.scale != 1 else choice.weights
+            return choice
         scores_TE = all_scores(logits_TE, self.score)
-        index_TK = top_k_index(self.ranking(logits_TE.detach(), scores_TE.detach(), top_k), top_k)
-        weights_TK = chosen_weights(logits_TE, index_TK, self.score, renormalize=self.renormalize)
+        ranked_TE = logits_TE if self.ranks_logits else self.ranking(scores_TE.detach(), top_k)
+        index_TK = top_k_index(ranked_TE, top_k)
+        if self.renormalize:
+            weights_TK = renormalized(logits_TE, index_TK, self.score)
+        else:
+            weights_TK = scores_TE.gather(1, index_TK)
         if self.scale != 1:
             weights_TK = weights_TK * self.scale
         if self.score == "sigmoid":  # as DeepSeek-V3's balance loss takes them (2024, equation 19)

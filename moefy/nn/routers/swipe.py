@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routers.scored import chosen_weights, top_k_index
+from moefy.nn.routers.scored import renormalized, top_k_index
 from moefy.nn.routing import Choice
 
 
@@ -89,7 +89,7 @@ class SwipeRouter(Router):
         if not self.training:
             return self.choose(logits_TE, call.top_k)
         index_TK = self.balanced(top_k_index(logits_TE, call.top_k), call.mask)
-        weights_TK = chosen_weights(logits_TE, index_TK, "softmax", renormalize=True)
+        weights_TK = renormalized(logits_TE, index_TK)
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
 
     def balanced(self, index_TK: Tensor, mask_T: Tensor | None = None) -> Tensor:

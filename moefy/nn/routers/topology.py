@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routers.scored import chosen_weights, top_k_index
+from moefy.nn.routers.scored import renormalized, top_k_index
 from moefy.nn.routing import Choice
 
 
@@ -109,5 +109,5 @@ class TopologyRouter(Router):
         near_E = ids_E // self.experts_per_node == self.node
         outgoing = math.floor(logits_TE.shape[0] * self.outgoing_fraction)
         index_TK = topology_index(logits_TE, call.top_k, near_E, outgoing, call.mask)
-        weights_TK = chosen_weights(logits_TE, index_TK, "softmax", renormalize=True)
+        weights_TK = renormalized(logits_TE, index_TK)
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)

@@ -2,7 +2,7 @@
 
 T tokens, E experts, K top-k.
 
-    s = softmax(logits + gate_noise * N(0, 1) / E)     w = s[chosen] / max(sum(s[chosen]), eps)  for K > 1
+    s = softmax(logits + gate_noise * N(0, 1) / E)     w = s[chosen], for K > 1 divided by their sum
 
 Contract: with noise, in training, ``Choice.losses`` holds Tutel's other loss in both of its units, see
 ``moefy.nn.losses``: "load_importance" and "tutel_load_importance".
@@ -18,7 +18,7 @@ from torch import Tensor
 from moefy.errors import ConfigError
 from moefy.nn import losses
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routers.scored import chosen_weights, top_k_index
+from moefy.nn.routers.scored import top_k_index
 from moefy.nn.routing import Choice
 
 
@@ -74,7 +74,9 @@ class TutelTopRouter(Router):
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
         """The K best of the softmax."""
+        if self.normalize_gate and top_k > 1:  # the same number as the softmax over the chosen
+            return super().choose(logits_TE, top_k)
+        scores_TE = torch.softmax(logits_TE, dim=-1)
         index_TK = top_k_index(logits_TE, top_k)
-        renormalize = self.normalize_gate and top_k > 1
-        weights_TK = chosen_weights(logits_TE, index_TK, "softmax", renormalize=renormalize)
-        return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
+        weights_TK = scores_TE.gather(1, index_TK)
+        return Choice(index=index_TK, weights=weights_TK, logits=logits_TE, scores=scores_TE)
