@@ -350,7 +350,10 @@ class MoE(nn.Module):
             y = functional.from_tokens(y_TD, routing.leading, routing.feature_dim)
         else:
             y = run_stacked(self, x, routing)
-        return functional.add_residual(y, routing)
+        if routing.residual is None:
+            return y
+        y_TD = token_tree.pass_through(functional.as_tokens(y), functional.as_tokens(x), routing)
+        return functional.from_tokens(y_TD, routing.leading, routing.feature_dim)
 
     def _run_modules(self, x: Tree, routing: Routing) -> Tree:
         """The experts that are modules."""
@@ -370,7 +373,8 @@ class MoE(nn.Module):
             return token_tree.combine(self.experts(rows_N, routing.offsets), routing)
         # On CUDA and in a graph static shapes are worth the empty seats; in eager mode on the CPU sizes cost nothing.
         static = torch.compiler.is_compiling() or routing.offsets.device.type != "cpu"
-        seats = max(routing.capacity, 1) if static and isinstance(routing.capacity, int) else None
+        capacity = routing.capacity
+        seats = max(capacity, 1) if static and not isinstance(capacity, Tensor | None) else None
         return token_tree.combine(self.experts(rows_N, routing.offsets, seats), routing)
 
     def extra_repr(self) -> str:

@@ -150,6 +150,23 @@ def test_without_a_capacity_a_graph_break_and_no_recompiles() -> None:
     assert counter.frame_count == frames
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_static_seats_in_a_compiled_checkpoint() -> None:
+    moe, x = layer(different(), capacity=1.0), tokens()
+    run = lambda x: checkpoint(moe, x, use_reentrant=False)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same(results(compiled, moe, x), results(moe, moe, x), 1e-11)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_static_seats_export(strict: bool) -> None:
+    moe = layer(different(), capacity=1.0).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(moe, (tokens(),), dynamic_shapes=shapes, strict=strict)
+    x = tokens(7, 5)
+    assert_same([program.module()(x)], [moe(x)], 1e-12)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant: bool) -> None:
     moe, x = layer(different()), tokens()

@@ -206,6 +206,10 @@ def test_a_capacity_of_the_layer() -> None:
     assert y[:2].any() and not y[2:].any()
     passing = layer(capacity=moefy.config.Capacity(factor=0.5, residual=True))
     assert_same([passing(same)[2:]], [same[2:]], 1e-12)
+    other = tokens(8)  # what passes is the token, not what the router read
+    assert_same([passing(other, router_input=same)[2:]], [other[2:]], 1e-12)
+    with pytest.raises(ShapeError, match="residual=False"):
+        layer(d_out=3, capacity=moefy.Capacity(factor=0.5, residual=True))(same)
 
 
 def test_reserved_axes() -> None:
