@@ -1,0 +1,111 @@
+"""Products per expert: one by one, by torch's loop and in a padded batch they are the same, and so are their edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moefy.ops import grouped_gemm
+from moefy.ops.grouped_gemm import Batch, outer_products, row_sums, rows_times
+
+BOUNDS = [(0, 3), (3, 3), (3, 4), (4, 11)]
+ROWS, ROUTED, I, O = 13, 11, 8, 16
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+PATHS = {"one by one": (0, False), "torch's loop": (0, True), "batch": (10**12, False)}
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every product takes this path, where the dtype allows it."""
+    call, by_torch = PATHS[request.param]
+    monkeypatch.setattr(grouped_gemm, "CALL", call)
+    monkeypatch.setattr(grouped_gemm, "CALL_HALF", call)
+    if not by_torch:
+        monkeypatch.setattr(grouped_gemm, "_grouped_mm_takes", lambda *tensors: False)
+    return request.param
+
+
+@pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    return ((got.double() - expected).norm() / expected.norm()).item() <= TOLERANCE[got.dtype]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_rows_times(path, dtype, with_bias):
+    x_NI, w_EOI = draw(ROWS, I, dtype=dtype), draw(4, O, I, dtype=dtype)
+    b_EO = draw(4, O, dtype=dtype) if with_bias else None
+    got = rows_times(x_NI, w_EOI, b_EO, BOUNDS)
+    expected = torch.zeros(ROWS, O, dtype=torch.float64)
+    for e, (first, end) in enumerate(BOUNDS):
+        expected[first:end] = x_NI[first:end].double() @ w_EOI[e].double().T
+        if b_EO is not None:
+            expected[first:end] += b_EO[e].double()
+    assert close(got, expected) and not got[ROUTED:].any()
+    assert torch.equal(got, rows_times(x_NI, w_EOI, b_EO, BOUNDS))
+
+
+def test_rows_times_onto(path, dtype):
+    x_NI, w_EOI, onto_NO = draw(ROWS, I, dtype=dtype), draw(4, O, I, dtype=dtype), draw(ROWS, O, dtype=dtype)
+    expected = onto_NO.double() + rows_times(x_NI, w_EOI, None, BOUNDS).double()
+    assert rows_times(x_NI, w_EOI, None, BOUNDS, onto_NO=onto_NO) is onto_NO
+    assert close(onto_NO, expected)
+
+
+def test_outer_products_and_row_sums(path, dtype):
+    grad_NO, x_NI = draw(ROWS, O, dtype=dtype), draw(ROWS, I, dtype=dtype)
+    got = outer_products(grad_NO, x_NI, BOUNDS)
+    parts = [(grad_NO[a:b].double(), x_NI[a:b].double()) for a, b in BOUNDS]
+    assert close(got, torch.stack([grad.T @ x for grad, x in parts])) and not got[1].any()
+    assert close(row_sums(grad_NO, BOUNDS), torch.stack([grad.sum(0) for grad, _ in parts]))
+
+
+def test_transposed_weights_and_gaps_between_rows(path, dtype):
+    x_NI, w_EIO = draw(ROWS, 2 * I, dtype=dtype)[:, ::2], draw(4, I, O, dtype=dtype)
+    expected = rows_times(x_NI.double(), w_EIO.double().mT.contiguous(), None, BOUNDS)
+    assert close(rows_times(x_NI, w_EIO.mT, None, BOUNDS), expected)
+
+
+def test_nan_stays_with_its_expert(path, dtype):
+    x_NI, w_EOI, grad_NO = (
+        draw(ROWS, I, dtype=dtype), draw(4, O, I, dtype=dtype), draw(ROWS, O, dtype=dtype),
+    )  # fmt: skip
+    x_NI[3] = grad_NO[3] = x_NI[ROUTED:] = grad_NO[ROUTED:] = torch.nan  # expert 2's row; no expert's rows
+    w_EOI[1] = torch.nan  # an expert without rows
+    bad_N = rows_times(x_NI, w_EOI, None, BOUNDS).isnan().any(1)
+    assert bad_N.nonzero().flatten().tolist() == [3]
+    bad_E = outer_products(grad_NO, x_NI, BOUNDS).isnan().flatten(1).any(1)
+    assert bad_E.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("bounds", [[], [(0, 0), (0, 0)]])
+def test_no_rows(path, dtype, bounds):
+    x_NI, w_EOI = draw(0, I, dtype=dtype), draw(len(bounds), O, I, dtype=dtype)
+    assert rows_times(x_NI, w_EOI, None, bounds).shape == (0, O)
+    outer = outer_products(draw(0, O, dtype=dtype), x_NI, bounds)
+    assert outer.shape == w_EOI.shape and not outer.any()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "matrix", "pays"),
+    [
+        ([32, 30, 34, 36] * 16, (64, 128, 64), True),
+        ([2, 1, 3, 0] * 16, (64, 128, 128), True),
+        ([512] * 8, (8, 512, 1024), False),
+        ([8, 0, 0, 0] * 16, (64, 512, 512), False),  # three of four experts would be read for nothing
+        ([500] + [4] * 63, (64, 128, 128), False),  # one busy expert pads all others
+        ([8], (1, 128, 128), False),
+    ],
+)
+def test_a_batch_is_for_many_small_experts_of_like_sizes(sizes, matrix, pays):
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    assert (Batch.of(torch.empty(ends[-1], matrix[1]), matrix, bounds) is not None) == pays
