@@ -171,6 +171,16 @@ def test_include_and_exclude_reach_the_matcher(project, capsys):
     assert code == 2 and "matches no candidate" in err
 
 
+def test_a_router_by_name(project, capsys):
+    code, out, _ = run(capsys, "report", f"{project}:blocks", "--router", "switch")
+    assert code == 0 and "8 experts, top-1, router switch" in out and "not exact" in out
+    code, out, _ = run(capsys, "report", f"{project}:blocks", "--router", "gshard", "--passes", "--json")
+    report = json.loads(out)
+    assert (code, report["config"]["router"], report["config"]["top_k"]) == (0, "gshard", 2)
+    code, _, err = run(capsys, "report", f"{project}:blocks", "--router", "swich")
+    assert code == 2 and "did you mean 'switch'" in err
+
+
 def test_no_ffn_is_exit_code_3_with_the_report(project, capsys):
     code, out, _ = run(capsys, "report", f"{project}:no_ffn")
     assert code == 3 and "no feed-forward network" in out

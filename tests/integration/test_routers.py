@@ -203,6 +203,15 @@ def test_copies_of_a_model(name: str) -> None:
         assert torch.equal(twin(x), model(x))
 
 
+@each
+def test_exported(name: str) -> None:
+    model, x = inline(name).eval(), tokens()
+    batch = {0: torch.export.Dim("batch", min=2, max=64)} if name != "replay" else None
+    program = torch.export.export(model, (x,), dynamic_shapes=(batch,) if batch else None, strict=False)
+    other = tokens(batch=5) if batch else x
+    assert_close(program.module()(other), model(other), 1e-12)
+
+
 # -- exactness ---------------------------------------------------------------------------------------------------------
 @each
 def test_the_report_says_whether_it_is_exact(name: str) -> None:
