@@ -163,6 +163,10 @@ def test_replaced_tokens() -> None:
     assert_same([y], [expected], 1e-12)
     y.sum().backward()
     assert torch.equal(row.grad, torch.ones(3, dtype=torch.float64))
+    seen: list[Tensor] = []
+    moe.router.register_forward_hook(lambda router, args, routing: seen.append(routing.top_k_index))
+    moe(x, replace_ids=ids)
+    assert torch.equal((seen[0] < E).all(1), ids.view(-1) == 0)  # the replaced ones go to no expert
     both = moe(x, mask=torch.tensor([[0, 1, 1], [1, 1, 1]]), replace_ids=ids, replacements={1: row, 2: -1.0})
     expected = expected.detach().clone()
     expected[0, 0] = 0.0
