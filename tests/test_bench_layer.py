@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = Shape(tokens=13, d_model=16, d_hidden=24, num_experts=5, top_k=2)
 PLAIN = dataclasses.replace(TINY, gated=False)
-CHECKED = [provider for provider in OWN if provider.name != "dense"]
+CHECKED = [provider for provider in OWN if provider.name not in ("moefy CUDA graph", "dense")]
 NAMES = {"out", "dx", "dW1", "dW2", "dlogits"}
 
 
@@ -151,6 +151,13 @@ def test_every_own_provider_agrees(provider, shape, traced):
     inputs = draw_inputs(shape, CPU)
     errors = relative_errors(answer(provider, inputs), reference(inputs))
     assert set(errors) == NAMES and max(errors.values()) < 2e-6, errors
+
+
+def test_cuda_graphs_need_cuda_and_say_so():
+    (graphed,) = [provider for provider in OWN if provider.name == "moefy CUDA graph"]
+    result = layer.measure({"A": TINY}, (graphed, OWN[-1]), CPU, rep=1)
+    failed = {row.failed for row in result.rows if row.provider == graphed.name}
+    assert failed == {"training on CUDA only; decoding is captured for every provider"}
 
 
 def test_experts_without_tokens_are_fine():

@@ -2,12 +2,14 @@
 
 T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; P = 2H with a gate, else H.
 
-Contract: "moefy" is ``moefy.ops`` as a layer calls it, eager and compiled in one graph; "grouped_mm+ compiled" is the
+Contract: "moefy" is ``moefy.ops`` as a layer calls it, eager, compiled in one graph, and compiled with
+``mode="reduce-overhead"``, which replays CUDA graphs (a small layer's launches take longer than its kernels);
+"grouped_mm+ compiled" is the
 best that torch alone does (sort, gather and combine with hand-written backwards, ``grouped_mm``, Inductor); "loop" is
 the loop over experts; "dense" is no MoE layer but the products that any must do, as single matrices: the ceiling.
 
     >>> [provider.name for provider in OWN]
-    ['moefy', 'moefy compiled', 'grouped_mm+ compiled', 'loop', 'dense']
+    ['moefy', 'moefy compiled', 'moefy CUDA graph', 'grouped_mm+ compiled', 'loop', 'dense']
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ from torch import Tensor
 from moefy.bench.layer_contract import (
     Layer,
     LayerFunction,
+    Leaves,
     Provider,
+    Unsupported,
     activate,
     choose,
+    differentiable,
     expert_loop,
     from_function,
 )
-from moefy.bench.layer_shapes import Inputs
+from moefy.bench.layer_shapes import Inputs, Shape
 from moefy.nn.functional import top_k_softmax
 from moefy.ops import expert_ffn, sort_by_expert
 
@@ -121,6 +126,20 @@ def _build_compiled(function: LayerFunction) -> Callable[[Inputs], Layer]:
     return lambda inputs: from_function(_compiled(function, inputs.x_TD.is_cuda))(inputs)
 
 
+def build_graphed(inputs: Inputs) -> Layer:
+    """The compiled layer as CUDA graphs. Its weights stay where they are, as a module's parameters do."""
+    if not inputs.x_TD.is_cuda or inputs.shape.decode:
+        raise Unsupported("training on CUDA only; decoding is captured for every provider")
+
+    def bind(leaves: Leaves, shape: Shape) -> Callable[[], Tensor]:
+        for weight in (leaves.w1_EPD, leaves.w2_EDH):
+            torch._dynamo.mark_static_address(weight)
+        layer = torch.compile(moefy_layer, fullgraph=True, mode="reduce-overhead")
+        return lambda: layer(*leaves, shape.top_k, shape.gated)
+
+    return differentiable(inputs, bind)
+
+
 def build_dense(inputs: Inputs) -> Layer:
     """The two products of the forward and the four of the backward, T*K rows through one expert's matrices.
 
@@ -168,6 +187,7 @@ def _dense_decode(inputs: Inputs) -> Layer:
 OWN: tuple[Provider, ...] = (
     Provider(name="moefy", build=from_function(moefy_layer)),
     Provider(name="moefy compiled", build=_build_compiled(moefy_layer)),
+    Provider(name="moefy CUDA graph", build=build_graphed),
     Provider(name="grouped_mm+ compiled", build=_build_compiled(grouped_layer)),
     Provider(name="loop", build=from_function(expert_loop)),
     Provider(name="dense", build=build_dense),
