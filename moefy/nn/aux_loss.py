@@ -118,7 +118,9 @@ class Injected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """The scale once, however many of the tensors have a gradient."""
         l_aux, scale = ctx.saved_tensors
-        scale = ops.loss_scale(l_aux) if scale is None else scale.to(l_aux.device, l_aux.dtype)
+        if scale is None:
+            scale = ops.loss_scale(next(grad for grad in grads if grad is not None), l_aux)
+        scale = scale.to(l_aux.device, l_aux.dtype)
         return scale.expand_as(l_aux), None, *grads
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
 
 from moefy import ops
 from moefy.nn.routing import Routing
@@ -96,8 +95,8 @@ def counts() -> bool:
     In a compiled graph it is ``ops.first_run`` that asks for the recomputation.
     """
     if torch.compiler.is_dynamo_compiling():
-        return not torch.compiler.is_exporting()
-    return not in_backward() and not traced() and _functorch.peek_interpreter_stack() is None
+        return not traced()
+    return not in_backward() and not traced() and not torch._C._are_functorch_transforms_active()
 
 
 def in_backward() -> bool:
@@ -107,8 +106,8 @@ def in_backward() -> bool:
 
 def traced() -> bool:
     """Whether ``make_fx``, ``torch.export`` or a fake mode looks on."""
-    if torch.compiler.is_exporting():
-        return True
+    if torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+        return torch.compiler.is_exporting()
     kind = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (kind.PROXY, kind.FAKE))
 
@@ -127,9 +126,10 @@ def _add(counter: LoadCounter, name: str, value: Tensor) -> None:
 
 
 def _static(counter: Tensor) -> Tensor:
-    """``counter``, marked as ``torch._dynamo.mark_static_address`` does: CUDA graphs may write to it in place.
+    """``counter``, marked as ``torch._dynamo.mark_static`` and ``mark_static_address`` do, which would import Dynamo.
 
-    Calling that here would import Dynamo.
+    Its length is no batch size that happens to be equal, and CUDA graphs may write to it in place.
     """
-    counter._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    marks = {"_dynamo_static_indices": set(range(counter.dim())), "_has_dynamo_dim_marking": True}
+    counter.__dict__.update(marks, _dynamo_static_input_type="unguarded")
     return counter

@@ -5,7 +5,7 @@ Contract: where a gradient is injected, nobody tells the model how the loss was 
 product is the scale. It is read at backward time, on the device and without a sync, eager or compiled.
 
     >>> previous = set_loss_scale(0.25)
-    >>> loss_scale(torch.zeros(3))
+    >>> loss_scale(grad, torch.zeros(3))
     tensor(0.2500)
 """
 
@@ -28,7 +28,7 @@ def set_loss_scale(*factors: Any) -> tuple[Any, ...]:
     return before
 
 
-def _kernel(like: Tensor) -> Tensor:
+def _kernel(grad: Tensor, like: Tensor) -> Tensor:
     scale = torch.ones((), dtype=like.dtype, device=like.device)
     for factor in _factors:
         if isinstance(factor, Tensor):
@@ -40,13 +40,16 @@ def _kernel(like: Tensor) -> Tensor:
     return scale.to(like.dtype)
 
 
-def _fake(like: Tensor) -> Tensor:
+def _fake(grad: Tensor, like: Tensor) -> Tensor:
     return torch.empty((), dtype=like.dtype, device=like.device)
 
 
-_op = register("loss_scale(Tensor like) -> Tensor", kernel=_kernel, fake=_fake)
+_op = register("loss_scale(Tensor grad, Tensor like) -> Tensor", kernel=_kernel, fake=_fake)
 
 
-def loss_scale(like: Tensor) -> Tensor:
-    """The scale as a 0-dim tensor of the device and dtype of ``like``."""
-    return _op(like.detach())
+def loss_scale(grad: Tensor, like: Tensor) -> Tensor:
+    """The scale as a 0-dim tensor of the device and dtype of ``like``.
+
+    ``grad`` is not read. It keeps a compiler from asking in the forward already, where its other argument comes from.
+    """
+    return _op(grad.detach(), like.detach())

@@ -218,7 +218,10 @@ def test_several_forwards_in_one_backward() -> None:
 def test_loss_scale_multiplies_and_restores() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # type: ignore[attr-defined]
     like = torch.zeros(2, dtype=torch.float64)
-    read = torch.ops.moefy.loss_scale
+
+    def read(like: Tensor) -> Tensor:
+        return torch.ops.moefy.loss_scale(like, like)
+
     with moefy.loss_scale(scaler, torch.tensor(0.5), 0.25):
         assert read(like).item() == 1.0 and read(like).dtype == torch.float64
         moefy.loss_scale(3)

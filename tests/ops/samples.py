@@ -45,7 +45,8 @@ def first_run(dtype: torch.dtype) -> list[Args]:
 
 
 def loss_scale(dtype: torch.dtype) -> list[Args]:
-    return [(randn(2, dtype=dtype).detach(),), (randn(0, 3, dtype=dtype).detach(),)]
+    grad = randn(2, dtype=torch.float32).detach()
+    return [(grad, randn(2, dtype=dtype).detach()), (grad[:0], randn(0, 3, dtype=dtype).detach())]
 
 
 def scores(tokens: int, dtype: torch.dtype) -> Tensor:
