@@ -51,7 +51,7 @@ STEPS = {
     "build-first": ("moefy.upcycle.build_layer", 1),
     "build-last": ("moefy.upcycle.build_layer", 2),
     "stack": ("moefy.surgery.stack", 3),
-    "router": ("moefy.surgery.make_router", 2),
+    "router": ("moefy.surgery.configured_router", 2),
     "install-first": ("moefy.surgery.Layer.install", 1),
     "install-last": ("moefy.surgery.Layer.install", 2),
     "put-first": ("moefy.surgery._put", 1),
