@@ -203,6 +203,23 @@ def test_noise_of_the_switch_gate() -> None:
     assert torch.equal(additive.eval()(x)[1], product.eval()(x)[1])
 
 
+def test_the_noisy_gate_in_evaluation() -> None:
+    gate, x = fastmoe.NoisyGate(D, E, 1).eval(), torch.randn(S, D)
+    state = torch.get_rng_state()
+    index, scores = gate(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    chosen = best_first(x @ gate.w_gate, 2)
+    assert index.view(S, 2).tolist() == chosen
+    weights = torch.softmax(pick(x @ gate.w_gate, chosen), 1)
+    assert torch.allclose(scores[:, 0], weights, atol=1e-6)
+    sums, counts = torch.zeros(E), torch.zeros(E)
+    for row, values in zip(chosen, weights.tolist(), strict=True):
+        for e, value in zip(row, values, strict=True):
+            sums[e] += value
+            counts[e] += 1
+    assert torch.allclose(gate.get_loss(), squared_variation(sums) + squared_variation(counts), rtol=1e-4)
+
+
 def test_the_topology_gate_keeps_tokens_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FMOE_TOPO_GPUS_PER_NODE", "2")
     monkeypatch.setenv("FMOE_TOPO_OUTGOING_FRACTION", "0.25")

@@ -99,6 +99,8 @@ class NaiveGate(BaseGate):
 class NoisyGate(BaseGate):
     """Noisy top-k with the losses of load and importance (Shazeer et al. 2017).
 
+    In evaluation the load is counted, where the original divides by a noise of zero.
+
     Args:
         d_model: D.
         num_expert: experts of one worker.
@@ -121,10 +123,15 @@ class NoisyGate(BaseGate):
     def forward(self, inp: Tensor) -> GateOutput:
         """Flat ids ``[S * K]`` and scores ``[S, 1, K]``."""
         clean = inp @ self.w_gate
-        std = (F.softplus(inp @ self.w_noise) + NOISE_EPSILON) * self.training
-        noisy = clean + torch.randn_like(clean) * std
+        noisy = clean
+        std = F.softplus(inp @ self.w_noise) + NOISE_EPSILON
+        if self.training:
+            noisy = clean + torch.randn_like(clean) * std
         index, scores = best(noisy, self.top_k)
-        load = losses.load(clean, noisy, std, self.top_k)
+        if self.training:
+            load = losses.load(clean, noisy, std, self.top_k)
+        else:  # without noise the probability of being chosen is 0 or 1
+            load = losses.cv_squared(losses.assignment_totals(index, self.tot_expert)[:-1].to(scores.dtype))
         self.set_loss(losses.sparse_importance(scores, index, self.tot_expert) + load)
         return index.reshape(-1), scores.unsqueeze(1)
 
