@@ -20,6 +20,9 @@ Always so: scores are not renormalised after drops; capacity is ``ceil(rate * S)
 random routing acts in evaluation too; ``FMoELinear`` draws within ``1 / sqrt(in * out)``; a masked row is its
 replacement times the sum of its scores. Not so: which tokens lose their seat is not a race but the order of tokens, and
 rows are in the order of tokens within an expert.
+
+As in the original, every forward reads the experts' counts from the device: one wait on CUDA, and a graph break under
+``torch.compile``, which ``moefy.MoE`` has not.
 """
 
 from moefy.compat.fastmoe.conversion import fmoefy
