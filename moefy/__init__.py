@@ -27,6 +27,9 @@ _PUBLIC = {
     "aux_loss": "moefy.nn.aux_delivery",
     "deliver_aux_loss": "moefy.nn.aux_delivery",
     "loss_scale": "moefy.nn.aux_delivery",
+    "load": "moefy.load_report",
+    "LoadReport": "moefy.load_report",
+    "LoadHistory": "moefy.load_history",
     "FFNMatch": "moefy.records",
     "LayerRecord": "moefy.records",
     "PassRecord": "moefy.records",
@@ -39,6 +42,8 @@ __all__ = [
     "Capacity",
     "FFNMatch",
     "LayerRecord",
+    "LoadHistory",
+    "LoadReport",
     "MoE",
     "MoEConfig",
     "PassRecord",
@@ -49,6 +54,7 @@ __all__ = [
     "deliver_aux_loss",
     "errors",
     "find",
+    "load",
     "loss_scale",
     "report",
     "transform",
@@ -58,6 +64,8 @@ __all__ = [
 if TYPE_CHECKING:
     from moefy import errors
     from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
+    from moefy.load_history import LoadHistory
+    from moefy.load_report import LoadReport, load
     from moefy.nn import MoE
     from moefy.nn.aux_delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.records import FFNMatch, LayerRecord, PassRecord

@@ -113,6 +113,9 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("--include", **glob, help="only layers whose name matches (repeatable)")
     parser.add_argument("--exclude", **glob, help="no layer whose name matches (repeatable)")
     parser.add_argument("--passes", action="store_true", help="compile, and list the graph passes")
+    parser.add_argument(
+        "--load", action="store_true", help="run a few training forwards, and show what each expert got"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document, nothing folded")
     parser.set_defaults(run=_run_report)
 
@@ -140,17 +143,16 @@ def _run_version(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _run_report(args: argparse.Namespace) -> tuple[str, int]:
+    from moefy.load_command import load_on
     from moefy.report_command import report_on
 
-    report = report_on(
-        args.target,
-        num_experts=args.num_experts,
-        top_k=args.top_k,
-        router=args.router,
-        include=args.include,
-        exclude=args.exclude,
-        passes=args.passes,
-    )
+    options = {name: getattr(args, name) for name in ("num_experts", "top_k", "router", "include", "exclude")}
+    if args.load and args.passes:
+        raise UsageError("--load and --passes: one at a time")
+    if args.load:
+        load = load_on(args.target, **options)
+        return load.to_json() if args.json else load.render(), DONE
+    report = report_on(args.target, **options, passes=args.passes)
     text = report.to_json() if args.json else report.render(passes=args.passes)
     return text, DONE if report.rewritten else NOTHING_FOUND
 

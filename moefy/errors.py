@@ -68,6 +68,13 @@ class NotTransformed(MoefyError, ValueError):
         super().__init__(f"{model} holds no layer made by moefy.transform; nothing to undo")
 
 
+class NoMoELayer(MoefyError, ValueError):
+    """The load was asked of a model without a Mixture-of-Experts layer."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"{model} holds no Mixture-of-Experts layer; call moefy.transform(model) first")
+
+
 class ExpertsDiverged(MoefyError, ValueError):
     """``undo`` cannot pick an expert by itself: they were trained and no longer agree."""
 

@@ -52,10 +52,10 @@ def pass_records(target: Target, options: dict[str, Any]) -> tuple[PassRecord, .
     """What the passes do to the graphs of the transformed model, one record per pass."""
     fake = any(isinstance(parameter, FakeTensor) for parameter in target.model.parameters())
     if not fake:
-        return _compiled_records(copy.deepcopy(target.model), _inputs(target), options)
+        return _compiled_records(copy.deepcopy(target.model), example_inputs(target), options)
     from moefy.hf.build import to_meta
 
-    inputs = _inputs(target)
+    inputs = example_inputs(target)
     to_meta(target.model)
     if hasattr(target.model, "config"):
         target.model.config.use_cache = False  # type: ignore[union-attr]  # makes real tensors of its own
@@ -108,7 +108,7 @@ def _sum(records: Sequence[PassRecord]) -> PassRecord:
     )
 
 
-def _inputs(target: Target) -> ExampleInputs:
+def example_inputs(target: Target) -> ExampleInputs:
     """The factory's inputs, else the first derived ones that the dense model accepts."""
     if target.example_args or target.example_kwargs:
         return ExampleInputs(target.example_args, target.example_kwargs, "the factory's")

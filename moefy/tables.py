@@ -19,6 +19,7 @@ MIN_WRAPPED = 24  # how narrow a wrapped column gets while another can be droppe
 LEAST_WRAPPED = 20  # and when none is left
 
 _ASCII = str.maketrans({"─": "-", "×": "x", "→": "->", "…": "~", "·": "-", "✓": "ok"})
+_ASCII |= str.maketrans("▁▂▃▄▅▆▇█", "12345678")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -130,6 +130,7 @@ def _static(counter: Tensor) -> Tensor:
 
     Its length is no batch size that happens to be equal, and CUDA graphs may write to it in place.
     """
-    marks = {"_dynamo_static_indices": set(range(counter.dim())), "_has_dynamo_dim_marking": True}
-    counter.__dict__.update(marks, _dynamo_static_input_type="unguarded")
+    counter._dynamo_static_indices = set(range(counter.dim()))  # type: ignore[attr-defined]
+    counter._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+    counter._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
     return counter
