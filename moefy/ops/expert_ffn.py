@@ -3,9 +3,9 @@
 T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; P = H, or 2H for a merged entry.
 
 Contract: token t gets ``sum_k w[t, k] * down_e(act(up_e(x[t])))`` with e its k-th expert; with a GLU the middle is
-``act(gate) * up``. Saved for the backward are only the arguments and the pre-activations (on a CPU, without a
-gate, also the activations); when these were not saved (no gradient was expected) the backward computes them again.
-Dropped slots add nothing.
+``act(gate) * up``. Saved for the backward are only the arguments and the pre-activations (on a CPU, unless the
+gate is separate, also the activations); when these were not saved (no gradient was expected) the backward computes
+them again. Dropped slots add nothing.
 
     >>> x_TD, w_TK = torch.tensor([[1.0], [2.0]]), torch.ones(2, 1)
     >>> order_N, offsets_E = sort_by_expert(torch.tensor([[1], [0]]), 2)
@@ -48,10 +48,11 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *layer_args, save, _ = args
     layer = Layer._make(layer_args)
     rows, x_TD = layer.order_N.shape[0], layer.x_TD
-    gate_shape = (rows, layer.w_down.shape[2]) if save and layer.saves_first else (0,)
+    has_first = save and (layer.w_gate is not None or layer.saves_acted)
+    first_shape = (rows, layer.w_down.shape[2]) if has_first else (0,)
     up_shape = (rows, layer.w_up.shape[1]) if save else (0,)
     out_TD = x_TD.new_empty((x_TD.shape[0], layer.w_down.shape[1]))
-    return out_TD, x_TD.new_empty(gate_shape), x_TD.new_empty(up_shape)
+    return out_TD, x_TD.new_empty(first_shape), x_TD.new_empty(up_shape)
 
 
 def _backward_fake(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:

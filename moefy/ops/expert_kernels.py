@@ -40,13 +40,13 @@ class Layer(NamedTuple):
     glu: str
 
     @property
-    def saves_first(self) -> bool:
-        """Whether the first of the two tensors saved for the backward is used.
+    def saves_acted(self) -> bool:
+        """Whether the first of the two tensors saved for the backward is the activations, not a gate's pre-activations.
 
-        It has the pre-activations of a separate gate; on a CPU without a gate what the activation gave, since to
-        compute tanh-gelu again takes as long as one of the six products, where these are narrow (D=48, H=192).
+        To compute them again costs a CPU: on 2 cores tanh-gelu took as long as one of the six products, where these
+        are narrow (D=48, H=192). Autograd would save them as well, and the exit's input besides.
         """
-        return self.w_gate is not None or (self.glu == "none" and self.x_TD.device.type == "cpu")
+        return self.w_gate is None and self.x_TD.device.type == "cpu"
 
     def token_N(self, op: str) -> Tensor:
         """The token of each row."""
@@ -77,30 +77,24 @@ def halves(merged_NP: Tensor, glu: str) -> tuple[Tensor, Tensor]:
 
 
 def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, *saved)``, the latter as ``_saved`` says, or empty."""
+    """``(out, activations or a separate gate's pre-activations, the other entry's)``; what is not saved is empty."""
     *layer_args, save, _ = args
     layer = Layer._make(layer_args)
     bounds = layer.bounds("expert_ffn")
     rows_ND = layer.x_TD.index_select(0, layer.token_N("expert_ffn"))
     gate_rows, up_rows = _entry(layer, rows_ND, bounds)
     del rows_ND
-    hidden_NH = _body(layer, gate_rows, up_rows)
-    nothing = layer.x_TD.new_empty(0), layer.x_TD.new_empty(0)  # two, since the results may not alias
-    saved = _saved(layer, gate_rows, up_rows, hidden_NH) if save else nothing
+    saved = layer.x_TD.new_empty(0), layer.x_TD.new_empty(0)  # two, since the results may not alias
+    if save and layer.saves_acted:
+        acted_NH, hidden_NH = _acted(layer, gate_rows, up_rows)
+        saved = acted_NH, up_rows
+    else:
+        hidden_NH = _body(layer, gate_rows, up_rows)
+        if save:
+            saved = saved[0] if gate_rows is None else gate_rows, up_rows
     del gate_rows, up_rows
     y_ND = rows_times(hidden_NH, layer.w_down, layer.b_down, bounds)
     return weighted_sum(y_ND, layer.weights_TK, layer.order_N, layer.weights_TK.shape[1]), *saved
-
-
-def _saved(
-    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor, hidden_NH: Tensor
-) -> tuple[Tensor, Tensor]:
-    """For the backward: ``(pre-activations of a separate gate, of the other entry)``, see ``Layer.saves_first``."""
-    if not layer.saves_first:
-        return up_rows.new_empty(0), up_rows
-    if gate_rows is not None:
-        return gate_rows, up_rows
-    return hidden_NH.clone() if hidden_NH is up_rows else hidden_NH, up_rows
 
 
 def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -116,10 +110,8 @@ def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     grad_ND = grad_TD.index_select(0, token_N)
     weight_N1 = layer.weights_TK.reshape(-1).index_select(0, layer.order_N).unsqueeze(1)
     dhidden_NH = rows_times(grad_ND, layer.w_down.transpose(1, 2), None, bounds)
-    if layer.glu == "none" and first_rows.dim() == 2:
-        acted_NH = hidden_NH = first_rows
-    else:
-        acted_NH, hidden_NH = _acted(layer, gate_rows, up_rows)
+    acted_NH = first_rows if layer.saves_acted and first_rows.dim() == 2 else None
+    acted_NH, hidden_NH = _acted(layer, gate_rows, up_rows, acted_NH)
     result: dict[str, Tensor | None] = dict.fromkeys(Wanted._fields)
     if want.weights:
         result["weights"] = _weights_grad(layer, grad_ND, dhidden_NH, hidden_NH, bounds)
@@ -158,11 +150,16 @@ def _body(layer: Layer, gate_rows: Tensor | None, up_rows: Tensor) -> Tensor:
     return acted_NH * up_NH if acted_NH is gate_NH else acted_NH.mul_(up_NH)
 
 
-def _acted(layer: Layer, gate_rows: Tensor | None, up_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``(what is activated, the exit's input)``, both for the backward; they are one where there is no gate."""
-    act = ACTIVATIONS[layer.activation].forward
+def _acted(
+    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor, acted_NH: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(activations, the exit's input)``, one tensor where there is no gate, and no alias of the pre-activations."""
     gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    acted_NH = act(up_NH if gate_NH is None else gate_NH)
+    before_NH = up_NH if gate_NH is None else gate_NH
+    if acted_NH is None:
+        acted_NH = ACTIVATIONS[layer.activation].forward(before_NH)
+    if acted_NH is before_NH:
+        acted_NH = before_NH.clone()
     return acted_NH, acted_NH if gate_NH is None else acted_NH * up_NH
 
 

@@ -97,7 +97,8 @@ def test_no_rows(path, dtype, bounds):
 @pytest.mark.parametrize(
     ("sizes", "matrix", "pays"),
     [
-        ([32, 30, 34, 36] * 16, (64, 128, 64), True),
+        ([16, 14, 12, 15] * 16, (64, 128, 64), True),
+        ([256, 260] * 32, (64, 128, 64), False),
         ([2, 1, 3, 0] * 16, (64, 128, 128), True),
         ([512] * 8, (8, 512, 1024), False),
         ([8, 0, 0, 0] * 16, (64, 512, 512), False),  # three of four experts would be read for nothing
