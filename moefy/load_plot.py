@@ -1,7 +1,7 @@
 """Heat maps of expert load, into image files. Needs matplotlib, which the extra ``plot`` brings.
 
-Contract: the colour is the load by that of a balanced layer: 1 (white) is its share, 0 (blue) is dead, 2 and more (red)
-is twice as much. No window is opened and matplotlib's global state is not touched.
+Contract: the colour is an expert's load by the mean of its layer: 1 (white) is balanced, 0 (blue) is dead, red has
+twice its share or more. No window is opened and matplotlib's global state is not touched.
 
     >>> plot_layers(moefy.load(model), "load.png")            # doctest: +SKIP
 """
@@ -34,6 +34,7 @@ def plot_layers(report: LoadReport, path: str | Path) -> None:
     figure, axes = _figure(len(report.layers) * 3)
     _draw(figure, axes, relative_LE)
     axes.set_xlabel("expert")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yticks(range(len(report.layers)), [layer.fqn or "(root)" for layer in report.layers])
     figure.savefig(path)
 
@@ -67,4 +68,4 @@ def _draw(figure: Any, axes: Any, relative: Tensor, extent: tuple[int, int] | No
     image = axes.imshow(
         relative.numpy(), aspect="auto", interpolation="nearest", cmap=COLOURS, vmin=0, vmax=TOP, extent=box
     )
-    figure.colorbar(image, ax=axes, extend="max", label="load by that of a balanced layer")
+    figure.colorbar(image, ax=axes, extend="max", label="load / mean load")

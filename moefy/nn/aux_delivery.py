@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from moefy import ops
 from moefy.config import AuxLoss
@@ -75,7 +75,8 @@ class AuxHook:
 def deliver_aux_loss(model: nn.Module) -> None:
     """Deliver the auxiliary losses of all routers below ``model`` from now on, as ``transform`` does.
 
-    For a model of one's own that holds ``moefy.MoE`` layers. The losses are those that the routers have now.
+    For a model of one's own that holds ``moefy.MoE`` layers, and for a ``GraphModule`` that was unpickled, since
+    torch.fx keeps no hooks in a pickle. The losses are those that the routers have now.
     """
     withdraw(model)
     auto, by_hand = split_states(m for m in model.modules() if isinstance(m, Router))
@@ -83,6 +84,8 @@ def deliver_aux_loss(model: nn.Module) -> None:
         hook = AuxHook(auto, by_hand)
         model.register_forward_pre_hook(hook.before)
         model.register_forward_hook(hook.after, with_kwargs=True, always_call=True)
+        if isinstance(model, fx.GraphModule):  # whose copies have no hooks either
+            model._register_deepcopy_hook(deliver_aux_loss)
 
 
 def withdraw(model: nn.Module) -> None:
@@ -92,6 +95,8 @@ def withdraw(model: nn.Module) -> None:
             del hooks[key]
             model._forward_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)
+    if isinstance(model, fx.GraphModule) and deliver_aux_loss in model._deepcopy_hooks:
+        model._unregister_deepcopy_hook(deliver_aux_loss)
 
 
 def split_states(routers: Any) -> tuple[list[AuxState], list[AuxState]]:

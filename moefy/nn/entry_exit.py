@@ -157,6 +157,12 @@ class EntryLinear(ExpertLinear):
         )
         return with_mark(rows, mark) if carries_subclass(x) else rows
 
+    @property
+    def l_aux(self) -> torch.Tensor | None:
+        """The FFN's weighted auxiliary loss in the last training forward, where this entry holds the router."""
+        router = self._modules.get("router")
+        return router.l_aux if isinstance(router, Router) else None
+
     def _lead(self, x: torch.Tensor) -> tuple[Routing, Mark]:
         """Route ``x``; leave the routing on it for the other entries and on the link for the exit."""
         routing = self.router(x, self.feature_dim)

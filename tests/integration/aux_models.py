@@ -98,15 +98,19 @@ def lm_pair(aux: AuxLoss = AUX, **options: Any) -> tuple[nn.Module, nn.Module]:
     return twin(lambda: lm(**options), aux, example_args=tokens())
 
 
-def closed_form(routing: Routing, sequences: int = 1) -> Tensor:
-    """``W * balance + Z * z`` of one router call: Switch's balance per sequence, its mean, and the z-loss."""
+def closed_form(routing: Routing, sequences: int = 1, counts_E: Tensor | None = None) -> Tensor:
+    """``W * balance + Z * z`` of one router call: Switch's balance per sequence, its mean, and the z-loss.
+
+    ``counts_E`` are the slots per expert of a wider scope.
+    """
     logits_TE, index_TK = routing.choice.logits, routing.choice.index
-    (total, experts), top_k = logits_TE.shape, index_TK.shape[1]
+    total, experts = logits_TE.shape
     length, balance = total // sequences, logits_TE.new_zeros(())
     for s in range(sequences):
         rows = slice(s * length, (s + 1) * length)
         p_E = (logits_TE[rows].exp() / logits_TE[rows].exp().sum(1, keepdim=True)).sum(0) / length
-        f_E = [(index_TK[rows] == e).sum().item() / (length * top_k) for e in range(experts)]
+        n_E = [(index_TK[rows] == e).sum() for e in range(experts)] if counts_E is None else list(counts_E)
+        f_E = [n.item() / sum(n_E).item() for n in n_E]
         balance = balance + experts * sum(f * p for f, p in zip(f_E, p_E, strict=True)) / sequences
     return W * balance + Z * logits_TE.exp().sum(1).log().square().mean()
 

@@ -10,6 +10,7 @@ its own batch, ``batch(name, seed=rank)``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import subprocess
@@ -27,6 +28,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import moefy
+from integration.aux_models import AUX, pair
 from integration.models import batch, call, dense, moe, randomize, routers, scalar, transformed
 from moefy.nn.losses import GlobalCounts, switch
 
@@ -210,6 +212,43 @@ def biased(rank: int | None, ranks: int) -> Tensor:
 def bias_balanced(rank: int) -> dict[str, Any]:
     """Every micro-batch synchronises, so that DistributedDataParallel broadcasts buffers before each forward."""
     return {"bias": biased(rank, dist.get_world_size())}
+
+
+AUX_KINDS = ("ddp", "fsdp2", "fsdp2-checkpoint", "global")
+
+
+def _aux_model(kind: str) -> nn.Module:
+    from torch.distributed._composable import checkpoint
+
+    aux = dataclasses.replace(AUX, scope="global_batch") if kind == "global" else AUX
+    model = pair("inline", aux)[1]
+    if kind in ("ddp", "global"):
+        return DistributedDataParallel(model)
+    for layer in model.layers:
+        if kind == "fsdp2-checkpoint":
+            checkpoint(layer)
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def _register_aux() -> None:
+    for kind in AUX_KINDS:
+
+        @scenario(f"aux-{kind}")
+        def aux(rank: int, kind: str = kind) -> dict[str, Any]:
+            """Gradients of a step with auxiliary losses, and the load of this rank and of both."""
+            model = _aux_model(kind)
+            scalar(call(model, batch("inline", seed=rank))).backward()
+            found: dict[str, Any] = {
+                "grads": {bare_name(n): whole(p.grad) for n, p in model.named_parameters()}
+            }
+            for name, group in (("mine", None), ("all", dist.group.WORLD)):
+                report = moefy.load(model, group=group)
+                found[name] = [list(layer.tokens_per_expert) for layer in report.layers]
+            return found
+
+
+_register_aux()
 
 
 @scenario("router-init")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import moefy
 from integration.aux_models import (
@@ -24,7 +24,7 @@ from integration.aux_models import (
     tokens,
     twin,
 )
-from integration.models import VOCAB, D, assert_same, batch, call, gradients, routers, scalar
+from integration.models import VOCAB, D, assert_same, batch, call, dense, gradients, routers, scalar
 from moefy.config import AuxLoss, MoEConfig
 from moefy.errors import ConfigError, UnknownOption
 from moefy.nn import losses
@@ -335,6 +335,18 @@ def test_copies_deliver_their_own(copied: Any) -> None:
     lm_loss(other, *tokens()).backward()
     assert_same(gradients(other), expected, EXACT)
     assert not gradients(model)
+
+
+def test_a_graph_module_and_its_copy() -> None:
+    x = batch("aligned")[""]
+    plain, model = twin(lambda: fx.symbolic_trace(dense("aligned")), example_args=(x,))
+    expected = explicit(plain, lambda m: scalar(m(x)))
+    for module in (model, clone(model), clone(clone(model))):
+        scalar(module(x)).backward()
+        assert_same(gradients(module), expected, EXACT)
+    copied = clone(model)
+    moefy.undo(model, expert=0)
+    assert not model._forward_hooks and not clone(model)._forward_hooks and copied._forward_hooks
 
 
 def test_nested_in_another_module() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from integration import ranks
+from integration.aux_models import closed_form, pair
 from integration.models import (
     SAME,
     assert_close,
@@ -22,6 +23,7 @@ from integration.models import (
     call,
     gradients,
     moe,
+    routers,
     scalar,
 )
 
@@ -150,3 +152,31 @@ def test_mixed_precision_of_fsdp2(results: Results, name: str) -> None:
         assert all(
             g.dtype == torch.float32 and bool(g.isfinite().all()) for g in found[f"{name} grads"].values()
         )
+
+
+@pytest.mark.parametrize("kind", ranks.AUX_KINDS)
+def test_auxiliary_losses(results: Results, kind: str) -> None:
+    """The mean over the ranks of the loss written by hand; each rank counts its own load."""
+    plain, routings = pair("inline")[0], []
+    for rank in range(SIZE):
+        seen: list[Any] = []
+        handles = [
+            r.register_forward_hook(lambda r, args, routing, seen=seen: seen.append(routing))
+            for r in routers(plain).values()
+        ]
+        loss = scalar(call(plain, batch("inline", seed=rank)))
+        for handle in handles:
+            handle.remove()
+        routings.append((loss, seen))
+    counts = [[torch.bincount(r.choice.index.flatten(), minlength=4) for r in seen] for _, seen in routings]
+    total = torch.zeros((), dtype=torch.float64)
+    for loss, seen in routings:
+        total = total + loss / SIZE
+        for layer, routing in enumerate(seen):
+            shared = sum(c[layer] for c in counts) if kind == "global" else None
+            total = total + closed_form(routing, counts_E=shared) / SIZE
+    total.backward()
+    for rank, found in enumerate(of(results, f"aux-{kind}")):
+        assert_same(found["grads"], gradients(plain), SAME[torch.float64], floor=1e-13)
+        assert found["mine"] == [c.tolist() for c in counts[rank]]
+        assert found["all"] == [(a + b).tolist() for a, b in zip(*counts, strict=True)]
