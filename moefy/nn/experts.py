@@ -8,9 +8,9 @@ is called with none, so that its parameters get a zero gradient on every rank an
     >>> experts(torch.randn(5, 4), torch.tensor([3, 5], dtype=torch.int32)).shape     # rows 0 to 2, rows 3 and 4
     torch.Size([5, 4])
 
-The sizes n_e are read from the device, one wait per layer on CUDA, and the loop is a graph break under
-``torch.compile``. With ``seats``, a capacity, every expert gets exactly that many rows: no wait, static shapes,
-``fullgraph``.
+The sizes n_e are read from the device, one wait per layer on CUDA, and under ``torch.compile`` the experts run eagerly
+behind a graph break. With ``seats``, a capacity, every expert gets exactly that many rows: no wait, static shapes, one
+graph.
 
 Shape letters: N rows, E experts, C seats of one expert.
 """
@@ -46,8 +46,7 @@ class ExpertList(nn.ModuleList):
             self._in_seats(rows, offsets_E, seats) if seats is not None else self._in_slices(rows, offsets_E)
         )
 
-    # The sizes differ at every call: as constants of a graph they would compile it again each time.
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable  # sizes that differ at every call would compile it again each time
     def _in_slices(self, rows: Tree, offsets_E: Tensor) -> Tree:
         """Each expert on its own rows."""
         ends = offsets_E.tolist()

@@ -88,7 +88,8 @@ class MoE(nn.Module):
     To observe every routing, register a forward hook on ``router``: its output is a ``moefy.nn.Routing``.
 
     ``torch.compile(fullgraph=True)`` takes FFN experts with any traceable activation, and modules as experts under a
-    capacity with a factor > 0, whose static shapes need no sizes; without one such experts are a graph break.
+    capacity with a factor > 0, whose static shapes need no sizes; without one such experts run eagerly, behind a graph
+    break.
 
     Raises:
         ConfigError: for sizes outside their domain, names that do not exist and options that exclude each other.
@@ -244,11 +245,6 @@ class MoE(nn.Module):
     def top_k(self) -> int:
         """K, experts per token."""
         return self.router.top_k
-
-    @property
-    def l_aux(self) -> Tensor | None:
-        """The weighted auxiliary loss of the last training forward; ``None`` without ``aux_loss`` and after others."""
-        return self.router.l_aux
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
         """The router's parameters."""

@@ -21,8 +21,8 @@ random routing acts in evaluation too; ``FMoELinear`` draws within ``1 / sqrt(in
 replacement times the sum of its scores. Not so: which tokens lose their seat is not a race but the order of tokens, and
 rows are in the order of tokens within an expert.
 
-As in the original, every forward reads the experts' counts from the device: one wait on CUDA, and a graph break under
-``torch.compile``, which ``moefy.MoE`` has not.
+As in the original, every forward reads the experts' counts from the device: one wait on CUDA. Under ``torch.compile``
+the experts run eagerly, behind a graph break. ``moefy.MoE`` has neither.
 """
 
 from moefy.compat.fastmoe.conversion import fmoefy

@@ -104,8 +104,6 @@ class FMoE(nn.Module):
         self.experts = nn.ModuleList(make(self.d_model) for make in factories)
         return len(factories)
 
-    # Sizes that differ at every call would compile these two again each time.
-    @torch.compiler.disable(recursive=False)
     def expert_fn(self, inp: Tree, fwd_expert_count: Tensor) -> Tree:
         """All experts on rows sorted by expert.
 
@@ -152,7 +150,7 @@ class FMoE(nn.Module):
         scale_S = weights_SK.sum(1)
         return token_tree.map_leaves(lambda leaf: _masked(leaf, ids_S, scale_S, self.mask_dict or {}), y)
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable  # sizes that differ at every call would compile it again each time
     def _dispatch(self, rows: Tree, index_SK: Tensor, weights_SK: Tensor) -> Tree:
         """Rows to experts and back."""
         routing = _routing(index_SK, weights_SK, self.num_expert)
