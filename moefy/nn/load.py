@@ -54,7 +54,6 @@ class LoadCounter:
         for counter in (self.ends, self.dropped, self.losses):
             counter.zero_()
 
-    @torch.no_grad()
     def count(self, routing: Routing) -> None:
         """Add one forward, unless a checkpoint runs it again or something traces it."""
         if not counts():
@@ -65,7 +64,6 @@ class LoadCounter:
             asked = ((asked_TK >= 0) & (asked_TK < self.num_experts)).sum()
             _add(self, "dropped", asked - routing.offsets[-1])
 
-    @torch.no_grad()
     def add_losses(self, values: list[Tensor | None], like: Tensor) -> None:
         """Add one forward's ``LOSSES``; ``None`` is 0."""
         if counts():

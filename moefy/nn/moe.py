@@ -246,6 +246,11 @@ class MoE(nn.Module):
         """K, experts per token."""
         return self.router.top_k
 
+    @property
+    def l_aux(self) -> Tensor | None:
+        """The weighted auxiliary loss of the last training forward; ``None`` without ``aux_loss`` and after others."""
+        return self.router.l_aux
+
     def router_parameters(self) -> Iterator[nn.Parameter]:
         """The router's parameters."""
         return self.router.parameters()
