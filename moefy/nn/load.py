@@ -45,9 +45,9 @@ class LoadCounter:
 
     def _make(self, device: Any) -> None:
         with torch.inference_mode(False):
-            self.ends = _static(torch.zeros(self.num_experts, dtype=torch.int64, device=device))
-            self.dropped = _static(torch.zeros((), dtype=torch.int64, device=device))
-            self.losses = _static(torch.zeros(len(LOSSES) + 1, dtype=torch.float32, device=device))
+            self.ends = static_counter(torch.zeros(self.num_experts, dtype=torch.int64, device=device))
+            self.dropped = static_counter(torch.zeros((), dtype=torch.int64, device=device))
+            self.losses = static_counter(torch.zeros(len(LOSSES) + 1, dtype=torch.float32, device=device))
 
     def reset(self) -> None:
         """Start again from nothing."""
@@ -84,7 +84,7 @@ class LoadCounter:
             self._make(device)
         else:
             for name in ("ends", "dropped", "losses"):
-                setattr(self, name, _static(getattr(self, name).to(device)))
+                setattr(self, name, static_counter(getattr(self, name).to(device)))
 
 
 def counts() -> bool:
@@ -112,18 +112,24 @@ def traced() -> bool:
 
 def _add(counter: LoadCounter, name: str, value: Tensor) -> None:
     total = getattr(counter, name)
+    if not torch.compiler.is_dynamo_compiling() and total.is_meta and not value.is_meta:
+        counter._make(value.device)  # the weights came by assignment, which moves nothing
+    accumulate(getattr(counter, name), value)
+
+
+def accumulate(total: Tensor, value: Tensor) -> None:
+    """Add ``value`` to the counter ``total``, where ``counts()``; in a replica of DataParallel to the one counter.
+
+    Through ``.data``, which leaves the version alone: Dynamo makes ``total`` an input of a checkpoint, and one that
+    runs eagerly saves its inputs for the backward, where a new version would be an error.
+    """
     if torch.compiler.is_dynamo_compiling():
-        total.add_(value * ops.first_run(value))
-    elif total.device == value.device:
-        total.add_(value)
-    elif total.is_meta:  # the weights came by assignment, which moves nothing
-        counter._make(value.device)
-        getattr(counter, name).add_(value)
-    else:  # a replica of DataParallel
-        total.add_(value.to(total.device))
+        total.data.add_(value * ops.first_run(value))
+    else:
+        total.data.add_(value.to(total.device))
 
 
-def _static(counter: Tensor) -> Tensor:
+def static_counter(counter: Tensor) -> Tensor:
     """``counter``, marked as ``torch._dynamo.mark_static`` and ``mark_static_address`` do, which would import Dynamo.
 
     Its length is no batch size that happens to be equal, and CUDA graphs may write to it in place.

@@ -98,10 +98,18 @@ def test_another_optimizer_and_a_skipped_step_leave_it() -> None:
     assert by_hand.counts.sum() == 18
 
 
-# Dynamo does not trace reentrant checkpoints from outside.
+# Whether the block inside the checkpoint is compiled, or what is around it, and by which backend.
 @pytest.mark.parametrize(
     ("reentrant", "compiled"),
-    [(True, "eager"), (False, "eager"), (True, "inside"), (False, "inside"), (False, "outside")],
+    [
+        (True, "no"),
+        (False, "no"),
+        (True, "inside"),
+        (False, "inside"),
+        (True, "eager"),
+        (False, "eager"),
+        (False, "aot_eager"),
+    ],
 )
 def test_recomputation_is_counted_once(reentrant: bool, compiled: str, fresh_dynamo: None) -> None:
     moe = moefy.MoE(D, 8, E, router=moefy.RouterSpec("bias_balanced", rate=RATE))
@@ -111,8 +119,8 @@ def test_recomputation_is_counted_once(reentrant: bool, compiled: str, fresh_dyn
     def run(x: Tensor) -> Tensor:
         return checkpoint(block, x, use_reentrant=reentrant)  # pyright: ignore
 
-    if compiled == "outside":
-        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    if compiled in ("eager", "aot_eager"):
+        run = torch.compile(run, backend=compiled, fullgraph=True)
     x = torch.randn(9, D, requires_grad=True)
     n = counts(moe.eval().router(x).top_k_index)
     moe.train()

@@ -23,9 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from moefy import ops
 from moefy.errors import ConfigError
-from moefy.nn import losses
+from moefy.nn import load, losses
 from moefy.nn.routers.base import Call
 from moefy.nn.routers.group_limited import GroupLimitedRouter
 from moefy.nn.routing import Choice
@@ -83,7 +82,8 @@ class BiasBalancedRouter(GroupLimitedRouter):
         super().make_parameters(bias, **like)
         device = like.get("device")
         self.register_buffer("expert_bias", torch.empty(self.num_experts, dtype=torch.float32, device=device))
-        self.counts = torch.empty(self.num_experts, dtype=torch.int64, device=device)
+        counts = torch.empty(self.num_experts, dtype=torch.int64, device=device)
+        self.counts = load.static_counter(counts)
 
     def reset_parameters(self) -> None:
         """Draw ``weight``; the bias and the counts are zero."""
@@ -103,16 +103,18 @@ class BiasBalancedRouter(GroupLimitedRouter):
     def decide(self, x: Tensor, call: Call) -> Choice:
         """The experts, counted in training."""
         choice = super().decide(x, call)
-        if self.training and not torch.compiler.is_exporting():
+        if self.training:
             self.count(choice.index, call.mask)
         return choice
 
     @torch.no_grad()
     def count(self, index_TK: Tensor, mask_T: Tensor | None = None) -> None:
         """Add these slots to ``counts``, unless a checkpoint runs the forward again."""
-        counts_E = losses.assignment_totals(index_TK, self.num_experts, mask_T)[:-1]
-        counts_E = counts_E * ops.first_run(counts_E)
-        self.counts.add_(counts_E.to(self.counts.device))  # another one in a replica of nn.DataParallel
+        if load.counts():
+            counts_E = losses.assignment_totals(index_TK, self.num_experts, mask_T)[:-1]
+            if not torch.compiler.is_dynamo_compiling() and self.counts.is_meta and not counts_E.is_meta:
+                self.counts = load.static_counter(torch.zeros_like(counts_E))
+            load.accumulate(self.counts, counts_E)
 
     def update_bias(self) -> None:
         """Move the bias against the load since the last update, of all ranks of ``group``; all must call it."""
@@ -123,7 +125,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         super()._apply(fn, recurse)
         if self.expert_bias.dtype not in (torch.float32, torch.float64):
             self.expert_bias = bias.to(self.expert_bias.device)
-        self.counts = fn(self.counts)
+        self.counts = load.static_counter(fn(self.counts))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
