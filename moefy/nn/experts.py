@@ -46,7 +46,9 @@ class ExpertList(nn.ModuleList):
             self._in_seats(rows, offsets_E, seats) if seats is not None else self._in_slices(rows, offsets_E)
         )
 
-    @torch.compiler.disable  # sizes that differ at every call would compile it again each time
+    @torch.compiler.disable(
+        recursive=True
+    )  # sizes that differ at every call would compile it again each time
     def _in_slices(self, rows: Tree, offsets_E: Tensor) -> Tree:
         """Each expert on its own rows."""
         ends = offsets_E.tolist()

@@ -150,7 +150,9 @@ class FMoE(nn.Module):
         scale_S = weights_SK.sum(1)
         return token_tree.map_leaves(lambda leaf: _masked(leaf, ids_S, scale_S, self.mask_dict or {}), y)
 
-    @torch.compiler.disable  # sizes that differ at every call would compile it again each time
+    @torch.compiler.disable(
+        recursive=True
+    )  # sizes that differ at every call would compile it again each time
     def _dispatch(self, rows: Tree, index_SK: Tensor, weights_SK: Tensor) -> Tree:
         """Rows to experts and back."""
         routing = _routing(index_SK, weights_SK, self.num_expert)
