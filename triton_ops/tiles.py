@@ -3,7 +3,9 @@
 N rows sorted by expert, E experts, tiles of M rows; a tile never spans two experts.
 
 Contract: ``expert_of_tile[i]`` is the expert of the i-th row tile. ``experts[e]`` holds four int32: its first tile, how
-many tiles it has, its first row and the row behind its last. Rows behind the last expert (dropped slots) belong to a
+many tiles it has, its first row and the row behind its last. Behind them come the experts in the order in which the
+weight gradients take them, those of more than twice the mean load first, and zeroed counters, one for each launch that
+hands out its tiles as programs become free. Rows behind the last expert (dropped slots) belong to a
 pseudo expert E, for which kernels write zeros. Both tables are made on the device, in one launch, for a number of
 tiles that the host can bound: ``cdiv(N, M) + E + 1``; there is no host sync. Offsets that decrease or exceed N are
 clamped, so that no address comes from them.
@@ -22,8 +24,11 @@ from torch import Tensor
 from moefy.triton_ops.blocks import cdiv, next_power_of_2
 from moefy.triton_ops.launch import jit, kernel
 
+# Launches that may count through one schedule; more than a backward has.
+COUNTERS = 64
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Schedule:
     """The two tables, the row of each slot ([N] int32) when it was asked for, and the sizes."""
 
@@ -33,6 +38,13 @@ class Schedule:
     rows: int
     num_experts: int
     block_rows: int
+    counters_used: int = 0
+
+    def next_counter(self) -> int:
+        """The place of a counter that no launch has used, in the table of experts."""
+        assert self.counters_used < COUNTERS, "more launches than counters"
+        self.counters_used += 1
+        return 5 * (self.num_experts + 1) + self.counters_used - 1
 
     @property
     def max_tiles(self) -> int:
@@ -53,8 +65,9 @@ def schedule(offsets_E: Tensor, rows: int, block_rows: int, order_N: Tensor | No
     max_tiles = cdiv(rows, block_rows) + num_experts + 1
     padded = next_power_of_2(num_experts + 1)
     per_program = max(1, min(256, 16384 // padded))
-    tables = torch.empty(max_tiles + 4 * (num_experts + 1), dtype=torch.int32, device=offsets_E.device)
-    experts, expert_of_tile = tables[: 4 * (num_experts + 1)], tables[4 * (num_experts + 1) :]
+    size = 5 * (num_experts + 1) + COUNTERS
+    tables = torch.empty(max_tiles + size, dtype=torch.int32, device=offsets_E.device)
+    experts, expert_of_tile = tables[:size], tables[size:]
     row_of_slot_N = None
     if order_N is not None:
         row_of_slot_N = torch.empty(rows, dtype=torch.int32, device=offsets_E.device)
@@ -63,7 +76,7 @@ def schedule(offsets_E: Tensor, rows: int, block_rows: int, order_N: Tensor | No
     _schedule_kernel[(listing + inverting,)](
         offsets_E, experts, expert_of_tile, order_N if order_N is not None else tables,
         row_of_slot_N if row_of_slot_N is not None else tables, rows, num_experts, max_tiles, listing,
-        M=block_rows, PADDED=padded, TILES=per_program, BLOCK=1024,
+        M=block_rows, PADDED=padded, TILES=per_program, BLOCK=1024, COUNTERS=COUNTERS,
     )  # fmt: skip
     return Schedule(expert_of_tile, experts, row_of_slot_N, rows, num_experts, block_rows)
 
@@ -79,7 +92,7 @@ def row_of_slot(order_N: Tensor) -> Tensor:
 @kernel
 def _schedule_kernel(
     offsets, experts, expert_of_tile, order, row_of_slot, rows, num_experts, max_tiles, listing,
-    M: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """The first ``listing`` programs list the tiles, the others invert the order."""
     if tl.program_id(0) < listing:
@@ -96,6 +109,14 @@ def _schedule_kernel(
             tl.store(experts + 4 * e + 1, tiles, real)
             tl.store(experts + 4 * e + 2, start, real)
             tl.store(experts + 4 * e + 3, end, real)
+            load = (end - start).to(tl.int64) * num_experts
+            hot = ((load - rows > rows) & (e < num_experts)).to(tl.int32)
+            cool = (e < num_experts).to(tl.int32) - hot
+            place = tl.where(hot > 0, tl.cumsum(hot, 0), tl.sum(hot, 0) + tl.cumsum(cool, 0))
+            tl.store(experts + 4 * (num_experts + 1) + place - 1, e, e < num_experts)
+            tl.store(
+                experts + 5 * (num_experts + 1) + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), tl.int32)
+            )
         tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
         expert = tl.sum((behind[None, :] <= tile[:, None]).to(tl.int32), 1)
         tl.store(expert_of_tile + tile, tl.minimum(expert, num_experts), tile < max_tiles)

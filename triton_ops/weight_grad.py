@@ -55,9 +55,9 @@ def weight_grad(
     _weight_grad_kernel[(min(tiles, block.per_processor * processors(g.device)),)](
         descriptor(g, block.k, block.m) if g_tma else g, descriptor(x, block.k, block.n) if x_tma else x,
         g, x, order_N, out_EOI,
-        schedule.experts, experts, height, width, g.stride(0), x.stride(0), out_EOI.stride(1),
+        schedule.experts, schedule.next_counter(), experts, height, width, g.stride(0), x.stride(0), out_EOI.stride(1),
         K=top_k, GATHER_G=gather_g, GATHER_X=gather_x, G_TMA=g_tma, X_TMA=x_tma, PRECISION=precision(g.dtype),
-        M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten,
+        M=block.m, N=block.n, STEP=block.k, GROUP=block.group,
         **block.options,
     )  # fmt: skip
 
@@ -79,19 +79,21 @@ def _gather(
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask, other=0.0)
 
 
-@kernel
+@kernel(do_not_specialize=["counter"])
 def _weight_grad_kernel(
     g_tiles, x_tiles, g, x, order, out,
-    experts, num_experts, height, width, stride_g, stride_x, stride_out,
+    experts, counter, num_experts, height, width, stride_g, stride_x, stride_out,
     K: tl.constexpr, GATHER_G: tl.constexpr, GATHER_X: tl.constexpr, G_TMA: tl.constexpr, X_TMA: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(height, M)
     column_tiles = tl.cdiv(width, N)
     per_expert = row_tiles * column_tiles
-    for tile in tl.range(tl.program_id(0), num_experts * per_expert, tl.num_programs(0), flatten=FLATTEN):
-        expert = tile // per_expert
+    tile = tl.program_id(0)
+    # a program takes the next tile when it is free: those of hot experts take as much longer as they have more rows
+    while tile < num_experts * per_expert:
+        following = tl.atomic_add(experts + counter, 1, sem="relaxed") + tl.num_programs(0)
+        expert = tl.load(experts + 4 * (num_experts + 1) + tile // per_expert)
         local = tile % per_expert
         group_first = local // (GROUP * column_tiles) * GROUP
         group_size = tl.minimum(row_tiles - group_first, GROUP)
@@ -121,6 +123,7 @@ def _weight_grad_kernel(
         value = total.to(out.dtype.element_ty)
         at = out + (ms + expert * height).to(tl.int64)[:, None] * stride_out + ns[None, :]
         tl.store(at, value, (ms < height)[:, None] & (ns < width)[None, :])
+        tile = following
 
 
 def bias_grad(

@@ -191,7 +191,7 @@ def row_movers(dtype: torch.dtype) -> list[Kernel]:
     spread = {"x": name, "row_of_slot": "*i32", "rows": name, "width": "i32", "stride_x": "i32"}
     return [
         Kernel("moefy.triton_ops.tiles:_schedule_kernel", schedule,
-               {"M": 128, "PADDED": 128, "TILES": 128, "BLOCK": 1024}, {"num_warps": 4}),
+               {"M": 128, "PADDED": 128, "TILES": 128, "BLOCK": 1024, "COUNTERS": 64}, {"num_warps": 4}),
         Kernel("moefy.triton_ops.hidden_grad:_weights_grad_kernel", parts,
                {"K": 8, "BIAS": True, "M": 128, "STEP": 64}, {"num_warps": 4}),
         Kernel("moefy.triton_ops.weight_grad:_bias_grad_kernel", bias,

@@ -234,6 +234,17 @@ def test_gradients_may_take_the_place_of_the_pre_activations(glu, device, guard_
     check(Case(glu=glu, in_place=True), device, guard_bands)
 
 
+def test_hot_experts_come_first_and_counters_are_zero(device):
+    from moefy.triton_ops.tiles import COUNTERS, schedule
+
+    counts_E = torch.tensor([3, 40, 0, 5, 90, 2])  # the mean is 23.3: only expert 4 has twice as many
+    made = schedule(counts_E.cumsum(0).int().to(device), int(counts_E.sum()), 16)
+    E = len(counts_E)
+    assert made.experts[4 * (E + 1) : 4 * (E + 1) + E].tolist() == [4, 0, 1, 2, 3, 5]
+    first = made.next_counter()
+    assert not made.experts[first : first + COUNTERS].any() and made.next_counter() == first + 1
+
+
 @pytest.mark.parametrize("glu", ["separate", "merged_gate_last"])
 def test_x_is_copied_in_blocks_of_columns(glu, device, guard_bands, monkeypatch):
     monkeypatch.setattr(expert_ffn, "MAX_COPY", 1)
