@@ -103,12 +103,12 @@ def _prepare(layer: Layer, mode: Mode, inputs: Inputs, truth: Mapping[str, Tenso
         layer.clear()
         return _Trial(work=layer.step, errors=errors, peak_mib=peak if checked else None)
     forward = torch.no_grad()(layer.forward)
-    out_TD = forward()
+    errors = relative_errors({"out": forward()}, truth) if checked else {}
     peak = peak_mib(forward, device)
     work: Work = forward
     if mode == "decode" and device.type == "cuda":
         work, out_TD = captured(forward)
-    errors = relative_errors({"out": out_TD}, truth) if checked else {}
+        errors = relative_errors({"out": out_TD}, truth) if checked else {}
     return _Trial(work=work, errors=errors, peak_mib=peak if checked else None)
 
 
