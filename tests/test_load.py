@@ -160,7 +160,7 @@ def test_command_on_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_trainer(tmp_path: Path) -> None:
     """One step of two micro-batches: SGD moves by the gradient of the explicit loss; the load is in the logs."""
     transformers = pytest.importorskip("transformers")
-    from moefy.hf.callback import LoadCallback
+    from moefy.hf.callback import log_load
 
     ids = torch.randint(3, 40, (4, 7), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
@@ -192,7 +192,7 @@ def test_trainer(tmp_path: Path) -> None:
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     trainer = transformers.Trainer(model, args, train_dataset=data, optimizers=(sgd, None))
     trainer._get_train_sampler = lambda *_: None  # in order
-    trainer.add_callback(LoadCallback(trainer))
+    log_load(trainer)
     trainer.train()
 
     items = (labels[:, 1:] != -100).sum()
@@ -208,4 +208,4 @@ def test_trainer(tmp_path: Path) -> None:
     assert 0 < record["moe/model.layers.0.mlp/entropy"] <= 1
     assert all(r.load_counter.ends.sum() == 0 for r in routers(model).values())
     with pytest.raises(ConfigError, match="did you mean 'entropy'"):
-        LoadCallback(trainer, metrics=["entropi"])
+        log_load(trainer, metrics=["entropi"])
