@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -256,7 +257,17 @@ def test_tutel_noise_has_deviation_one_in_e() -> None:
     router, x = make("tutel_top").train(), tokens(4000)
     noise = router(x).router_logits - x @ router.weight.t()
     assert abs(noise.std().item() * E - 1) < 0.02
-    assert set(router(x).choice.losses) == {"load_importance", "tutel_load_importance"}
+
+
+def test_tutel_s_own_units_are_another_loss() -> None:
+    """One loss at a time, since all that a router gives are added up."""
+    x, found = tokens(), []
+    for mixed in (False, True):
+        torch.manual_seed(0)
+        router = make("tutel_top", mixed_units=mixed).train()
+        (loss,) = router(x).choice.losses.values()
+        found.append(loss.item())
+    assert all(math.isfinite(v) for v in found) and found[0] != found[1]
 
 
 def test_the_temperature_is_clamped() -> None:

@@ -33,7 +33,7 @@ l = logits, s = softmax over all experts, c = the K chosen, U and N = uniform an
 | switch        | jitter, noise="input" or "fastmoe", and those of softmax_top_k                                  |
 | gshard        | random_routing                                                                                  |
 | noisy_top_k   | noise_epsilon                                                                                   |
-| tutel_top     | gate_noise, normalize_gate                                                                      |
+| tutel_top     | gate_noise, normalize_gate, mixed_units                                                         |
 | cosine        | proj_dim, init_t, and those of tutel_top                                                        |
 | dc            | rates=(training, evaluation), num_workers, random_routing                                       |
 | swipe         | num_workers                                                                                     |

@@ -4,8 +4,8 @@ T tokens, E experts, K top-k.
 
     s = softmax(logits + gate_noise * N(0, 1) / E)     w = s[chosen], for K > 1 divided by their sum
 
-Contract: with noise, in training, ``Choice.losses`` holds Tutel's other loss in both of its units, see
-``moefy.nn.losses``: "load_importance" and "tutel_load_importance".
+Contract: with noise, in training, ``Choice.losses["load_importance"]`` holds Tutel's other loss, see
+``moefy.nn.losses``: with all in logits, or in the mixed units of the original.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class TutelTopRouter(Router):
         top_k: K.
         gate_noise: the standard deviation of the noise in training, times E; 0 is none.
         normalize_gate: divide the weights by their sum where K > 1.
+        mixed_units: take the load loss as Tutel does, from clean probabilities and noisy logits.
         options: of ``Router``.
 
     Raises:
@@ -45,12 +46,13 @@ class TutelTopRouter(Router):
         *,
         gate_noise: float = 0.0,
         normalize_gate: bool = True,
+        mixed_units: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
         if not 0 <= gate_noise < float("inf"):
             raise ConfigError("gate_noise", got=gate_noise, expected="a finite number >= 0")
-        self.gate_noise, self.normalize_gate = gate_noise, normalize_gate
+        self.gate_noise, self.normalize_gate, self.mixed_units = gate_noise, normalize_gate, mixed_units
 
     @property
     def sums_to_one(self) -> bool:
@@ -65,11 +67,9 @@ class TutelTopRouter(Router):
         std = self.gate_noise / self.num_experts
         noisy_TE = clean_TE + torch.randn_like(clean_TE) * std
         choice = self.choose(noisy_TE, call.top_k)
-        parts = (clean_TE, noisy_TE, choice.index, std)
-        choice.losses = {
-            "load_importance": losses.load_importance(*parts, mask_T=call.mask),
-            "tutel_load_importance": losses.tutel_load_importance(*parts, mask_T=call.mask),
-        }
+        loss = losses.tutel_load_importance if self.mixed_units else losses.load_importance
+        value = loss(clean_TE, noisy_TE, choice.index, std, mask_T=call.mask)
+        choice.losses = {"load_importance": value}
         return choice
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
