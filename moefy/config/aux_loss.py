@@ -1,0 +1,94 @@
+"""``AuxLoss``: what is minimised beside the model's own loss. ``moefy.nn.aux_loss`` computes and delivers it.
+
+>>> AuxLoss.of(0.01)
+AuxLoss(weight=0.01, balance='switch', ...)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moefy.config.fields import from_fields, is_finite, is_int
+from moefy.errors import ConfigError, suggest
+
+BALANCE_NAMES = (
+    "switch",
+    "gshard",
+    "mixtral",
+    "importance",
+    "megatron",
+    "megablocks",
+    "tutel_gshard",
+    "deepspeed",
+    "fastmoe_gshard",
+    "fastmoe_switch",
+)
+AUX_SCOPES = ("micro_batch", "sequence", "global_batch")
+AUX_DELIVERIES = ("auto", "by_hand")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuxLoss:
+    """The auxiliary loss of every layer: ``weight * balance + z_weight * z_loss + router_weight * the router's own``.
+
+    Args:
+        weight: of the balance loss; 0.01 is that of Switch Transformer. A weight of 0 leaves its term out.
+        balance: the balance loss, one of ``BALANCE_NAMES``; ``moefy.nn.losses`` has the formulas. "switch" is the
+            canonical one.
+        z_weight: of the z-loss; 0.001 in ST-MoE.
+        router_weight: of the sum of the router's own losses ("importance" and "load" of noisy top-k).
+        scope: what the balance loss is taken over. "micro_batch": the tokens of one forward on one rank. "sequence":
+            each sequence by itself, then the mean over them. "global_batch": expert counts summed over the ranks.
+        batch_dim: with "sequence", the axis of the hidden states that counts sequences: 0, or 1 where time comes first.
+        delivery: "auto": an unchanged training loop minimises it; ``l_aux`` is there to look at, without a graph.
+            "by_hand": nobody adds it for you; ``l_aux`` and ``moefy.aux_loss(model)`` have a graph.
+    """
+
+    weight: float = 0.01
+    balance: str = "switch"
+    z_weight: float = 0.0
+    router_weight: float = 0.0
+    scope: str = "micro_batch"
+    batch_dim: int = 0
+    delivery: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their domain."""
+        for name in ("weight", "z_weight", "router_weight"):
+            value = getattr(self, name)
+            if not is_finite(value) or value < 0:
+                raise ConfigError(f"aux_loss.{name}", got=value, expected="a finite number >= 0")
+        choices = {"balance": BALANCE_NAMES, "scope": AUX_SCOPES, "delivery": AUX_DELIVERIES}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                expected = f"one of {list(known)}{suggest(str(value), known)}"
+                raise ConfigError(f"aux_loss.{name}", got=value, expected=expected)
+        if not is_int(self.batch_dim, 0):
+            raise ConfigError("aux_loss.batch_dim", got=self.batch_dim, expected="an int >= 0")
+        if (self.balance, self.scope) == ("importance", "global_batch"):
+            expected = '"micro_batch" or "sequence": importance counts no slots to sum over ranks'
+            raise ConfigError("aux_loss.scope", got=self.scope, expected=expected)
+
+    @classmethod
+    def of(cls, aux_loss: float | AuxLoss | None) -> AuxLoss | None:
+        """``aux_loss`` itself, or the canonical balance loss of that weight.
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        if aux_loss is None or isinstance(aux_loss, AuxLoss):
+            return aux_loss
+        if not is_finite(aux_loss):
+            raise ConfigError("aux_loss", got=aux_loss, expected="a number, a moefy.AuxLoss or None")
+        return cls(weight=aux_loss)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AuxLoss:
+        """The inverse of ``to_dict``; unknown keys are errors."""
+        return from_fields(cls, data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,31 @@
+"""What the dataclasses of options share: reading fields by name, and domains.
+
+>>> is_int(True, 1), is_int(2, 1), is_finite(float("inf"))
+(False, True, False)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moefy.errors import UnknownOption
+
+
+def from_fields(cls: Any, data: dict[str, Any]) -> Any:
+    """The dataclass of these fields."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in data:
+        if name not in known:
+            raise UnknownOption(name, known, where=cls.__name__)
+    return cls(**data)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < float("inf")
+
+
+def is_int(value: Any, least: int) -> bool:
+    """Whether it is an int of at least ``least``."""
+    return not isinstance(value, bool) and isinstance(value, int) and value >= least
