@@ -166,7 +166,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = {"type": _name_list, "default": (), "metavar": "X,X,..."}
+    names = {"type": name_list, "default": (), "metavar": "X,X,..."}
     parser.add_argument("--shapes", **names, help="some of A B Bz C Cz D E F16 F256 (F: both); default all")
     parser.add_argument("--providers", **names, help="by name, as the table shows them; default all")
     parser.add_argument("--device", help="cuda, cuda:N or cpu; default cuda where there is one")
@@ -179,12 +179,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw bars (needs the extra 'plot')")
 
 
-def _name_list(text: str) -> tuple[str, ...]:
+def name_list(text: str) -> tuple[str, ...]:
+    """``"A, B"`` as ``("A", "B")``."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _run(args: argparse.Namespace) -> LayerResult:
-    device = _device(args.device)
+    device = device_from(args.device)
     shapes, providers = shapes_for(device, args.shapes), _providers(args.providers)
     rep = DEFAULT_REP_MS[device.type] if args.rep is None else args.rep
     if not rep > 0:
@@ -210,7 +211,12 @@ def _providers(names: tuple[str, ...]) -> tuple[Provider, ...]:
     return tuple(known[name] for name in dict.fromkeys(names or known))
 
 
-def _device(text: str | None) -> torch.device:
+def device_from(text: str | None) -> torch.device:
+    """The device that an option names, by default a GPU where there is one.
+
+    Raises:
+        ConfigError: for one that torch does not see.
+    """
     if text is None:
         return _numbered(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     expected = "cpu, or cuda or cuda:N of a GPU that torch sees"
