@@ -21,12 +21,15 @@ installed = pytest.mark.skipif(
     reason='backend="moefy" by name needs an install: pip install -e .',
 )
 
-# (example, a text it must print, so that one which does nothing fails)
+# (example and its options, a text it must print, so that one which does nothing fails)
 EXAMPLES = [
     pytest.param("quickstart.py", "step 19", id="quickstart"),
     pytest.param("upcycle_gpt.py", "steps the MoE is at", id="upcycle_gpt"),
     pytest.param("hf_llama_bert.py", "gradient norm of each expert", id="hf_llama_bert"),
     pytest.param("nn_transformer.py", "compiled training: loss", id="nn_transformer"),
+    pytest.param("tutel_hello.py --quick", "cosine         2             -0.5", id="tutel_hello"),
+    pytest.param("image_classifier.py --quick", "encoder.layers.2", id="image_classifier"),
+    pytest.param("balance_methods.py --quick", "hash of the position", id="balance_methods"),
     pytest.param("custom_pass.py", "the pass matched", id="custom_pass", marks=installed),
     pytest.param("vit.py", "torchvision: |MoE", id="vit", marks=zoo("timm", "torchvision")),
     pytest.param("megatron_mlp.py", "|MoE", id="megatron_mlp", marks=zoo("megatron.core")),
@@ -34,15 +37,16 @@ EXAMPLES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "says"), EXAMPLES)
-def test_example_runs(name: str, says: str) -> None:
+@pytest.mark.parametrize(("line", "says"), EXAMPLES)
+def test_example_runs(line: str, says: str) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / name)]
+    name, *options = line.split()
+    command = [sys.executable, str(ROOT / "examples" / name), *options]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS)
     assert run.returncode == 0, run.stdout + run.stderr
     assert says in run.stdout
 
 
 def test_every_example_is_listed() -> None:
-    listed = {str(param.values[0]) for param in EXAMPLES}
+    listed = {str(param.values[0]).split()[0] for param in EXAMPLES}
     assert listed == {path.name for path in (ROOT / "examples").glob("*.py")}
