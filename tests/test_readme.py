@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import moefy
 from moefy import cli
+from moefy.nn.routers import ROUTERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -83,6 +85,41 @@ def test_the_noise_block_runs_and_undo_still_gives_the_dense_model() -> None:
     assert 0.015 < relative < 0.025
     moefy.undo(model)
     assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+def test_the_layer_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its backward brings the auxiliary loss; a masked token passes the shared expert alone."""
+    (block,) = [text for text in blocks("python") if "moefy.MoE(" in text]
+    names: dict[str, Any] = {"moefy": moefy, "torch": torch, "nn": nn}
+    exec(compile(block, "README.md", "exec"), names)
+    assert "moefy load: Sequential" in capsys.readouterr().out
+    layer, x, real, y = (names[name] for name in ("layer", "x", "real", "y"))
+    assert torch.equal(layer(x, mask=real, top_k=1, capacity_factor=0), y)
+    torch.testing.assert_close(y[~real], layer.shared_experts(x)[~real])
+    assert not torch.allclose(y[real], layer.shared_experts(x)[real])
+
+
+@pytest.mark.parametrize("capacity", ["capacity=1.25, ", ""])
+def test_the_balance_block_runs(capacity: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its loop minimises the auxiliary loss: without a capacity nothing else moves the routers of equal experts."""
+    (block,) = [text for text in blocks("python") if "AuxLoss(" in text]
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 16, 16)
+    names: dict[str, Any] = {"moefy": moefy, "model": model, "x": x, "batches": [(x, x)]}
+    loop = block.index("for x")
+    assert "capacity=1.25, " in block
+    exec(compile(block[:loop].replace("capacity=1.25, ", capacity), "README.md", "exec"), names)
+    routers = {name: p for name, p in model.named_parameters() if "router" in name}
+    start = {name: p.detach().clone() for name, p in routers.items()}
+    names |= {"loss_fn": nn.functional.mse_loss, "optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
+    exec(compile(block[loop:], "README.md", "exec"), names)
+    assert len(routers) == 2
+    assert all((p - start[name]).norm() > 1e-5 for name, p in routers.items())
+    assert "max/mean at most" in capsys.readouterr().out
+
+
+def test_the_table_of_routers_has_all_of_them() -> None:
+    table = README[README.index("| `router=` |") :].split("\n\n")[0]
+    assert sorted(re.findall(r'"(\w+)"', table)) == sorted(ROUTERS)
 
 
 def test_the_shown_report_is_what_moefy_prints(
