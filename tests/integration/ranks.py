@@ -192,11 +192,13 @@ def idle_expert_modules(rank: int) -> dict[str, Any]:
     return {"grads": {bare_name(n): whole(p.grad) for n, p in model.named_parameters()}}
 
 
-def biased(rank: int | None, ranks: int) -> Tensor:
+def biased(rank: int | None, ranks: int, zero: bool = False) -> Tensor:
     """The balancing bias after two steps of two micro-batches; of all ranks' batches for ``rank=None``."""
     torch.manual_seed(0)
     layer = moefy.MoE(8, 12, 4, router=moefy.RouterSpec("bias_balanced", rate=0.1, std=1.0)).double()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    if zero:
+        optimizer = ZeroRedundancyOptimizer(layer.parameters(), optimizer_class=torch.optim.SGD, lr=0.0)
     model = layer if rank is None else DistributedDataParallel(layer)
     for step in range(2):
         for micro in range(2):
@@ -212,6 +214,12 @@ def biased(rank: int | None, ranks: int) -> Tensor:
 def bias_balanced(rank: int) -> dict[str, Any]:
     """Every micro-batch synchronises, so that DistributedDataParallel broadcasts buffers before each forward."""
     return {"bias": biased(rank, dist.get_world_size())}
+
+
+@scenario("bias-balanced-zero")
+def bias_balanced_zero(rank: int) -> dict[str, Any]:
+    """Each rank's share of the optimizer holds the router's weight on one rank alone."""
+    return {"bias": biased(rank, dist.get_world_size(), zero=True)}
 
 
 AUX_KINDS = ("ddp", "fsdp2", "fsdp2-checkpoint", "global")

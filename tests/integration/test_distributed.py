@@ -125,11 +125,12 @@ def test_full_state_dict_into_a_sharded_model(results: Results) -> None:
         assert_close(found["output"], expected, SAME[torch.float64])
 
 
-def test_the_balancing_bias_counts_all_ranks(results: Results) -> None:
+@pytest.mark.parametrize("optimizer", ["", "-zero"])
+def test_the_balancing_bias_counts_all_ranks(results: Results, optimizer: str) -> None:
     """Four micro-batches per rank: the bias is that of one process with all of them, on every rank."""
     expected = ranks.biased(None, SIZE)
     assert expected.any()
-    for found in of(results, "bias-balanced"):
+    for found in of(results, f"bias-balanced{optimizer}"):
         assert torch.equal(found["bias"], expected)
 
 

@@ -153,10 +153,15 @@ def update_biases(routers: Sequence[BiasBalancedRouter]) -> None:
 
 
 _ROUTERS: weakref.WeakSet[BiasBalancedRouter] = weakref.WeakSet()
+# Optimizers that step inside another one's step: a ZeroRedundancyOptimizer's own, which holds this rank's share alone.
+_INNER: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Update the routers whose ``weight`` the optimizer holds, on every rank in the order of its parameters."""
+    if optimizer in _INNER:
+        return
+    _INNER.update(value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer))
     held = [p for group in optimizer.param_groups for p in group["params"]]
     place = {id(p): i for i, p in enumerate(held)}
     due = [r for r in _ROUTERS if r.auto_update and r.training and id(r.weight) in place]
