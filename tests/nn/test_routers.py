@@ -363,7 +363,10 @@ def test_hash_by_token() -> None:
 
     model = Model()
     handle = route_by_token_ids(model)
+    twin = copy.deepcopy(model)
     assert torch.equal(model(ids), want) and torch.equal(model(input_ids=ids), want)
+    assert torch.equal(twin(ids), want)
+    assert len(pickle.loads(pickle.dumps(twin._forward_pre_hooks))) == 1
     assert pickle.loads(pickle.dumps(router)).token_ids is None
     handle.remove()
     with pytest.raises(ConfigError, match="argument"):

@@ -14,6 +14,7 @@ model's own argument: ``route_by_token_ids(model)``. Without ids there is the po
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, Literal, get_args
 
@@ -143,12 +144,15 @@ def route_by_token_ids(model: nn.Module, argument: str = "input_ids") -> Removab
     names = list(inspect.signature(model.forward).parameters)
     if argument not in names:
         raise ConfigError("argument", got=argument, expected=f"one of {names}")
-    routers = [m for m in model.modules() if isinstance(m, HashRouter)]
-
-    def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = names.index(argument)
-        ids = kwargs[argument] if argument in kwargs else args[place] if place < len(args) else None
-        for router in routers:
-            router.token_ids = ids
-
+    give = functools.partial(_give_token_ids, argument=argument, place=names.index(argument))
     return model.register_forward_pre_hook(give, with_kwargs=True)
+
+
+def _give_token_ids(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, argument: str, place: int
+) -> None:
+    """The hook. It asks ``module`` for its routers at every call, since a copy or a replica has its own."""
+    ids = kwargs[argument] if argument in kwargs else args[place] if place < len(args) else None
+    for router in module.modules():
+        if isinstance(router, HashRouter):
+            router.token_ids = ids
