@@ -63,7 +63,8 @@ def transform(
         exclude: FQN globs, or a predicate: leave these dense.
         check: compare the new output with the dense one; costs a forward of each. A router whose weights do not sum to
             1 is set aside for it.
-        **options: further fields of ``MoEConfig`` (``router``, ``seed``, ``router_std``, ``expert_noise``).
+        **options: further fields of ``MoEConfig``: ``router``, ``capacity``, ``aux_loss``, ``seed``, ``router_std``,
+            ``expert_noise``.
 
     Returns:
         ``model``.
