@@ -88,7 +88,7 @@ class Chunk(NamedTuple):
     def of(self, layer: Layer) -> Layer:
         """The layer with these experts alone."""
         parts = (None if w is None else w[self.experts] for w in layer[4:10])
-        return Layer(*layer[:4], *parts, *layer[10:])
+        return Layer._make((*layer[:4], *parts, *layer[10:]))
 
 
 def chunks(layer: Layer, bounds: Bounds) -> list[Chunk]:
@@ -155,9 +155,9 @@ def _forward(
         hidden_NH = _body(layer, gate_rows, up_rows)
         if save:
             first_rows = gate_rows
-    saved = (first_rows, up_rows) if save else (None, None)
+    saved_up = up_rows if save else None
     del gate_rows, up_rows
-    return rows_times(hidden_NH, layer.w_down, layer.b_down, bounds), *saved
+    return rows_times(hidden_NH, layer.w_down, layer.b_down, bounds), first_rows, saved_up
 
 
 def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
