@@ -118,6 +118,8 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MoEConfig:
         """The inverse of ``to_dict``; unknown keys and newer versions are errors."""
+        if not isinstance(data, dict):
+            raise ConfigError("config", got=data, expected="a dict of options")
         options = dict(data)
         version = options.pop("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:

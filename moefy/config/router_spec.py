@@ -39,8 +39,11 @@ class RouterSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RouterSpec:
-        """The inverse of ``to_dict``."""
-        return cls(data["name"], **{k: _from_plain(v) for k, v in data.get("options", {}).items()})
+        """The inverse of ``to_dict``; unknown keys are errors."""
+        options = data.get("options", {})
+        if "name" not in data or not isinstance(options, dict) or data.keys() - {"name", "options"}:
+            raise ConfigError("router", got=data, expected='{"name": ..., "options": {...}}')
+        return cls(data["name"], **{k: _from_plain(v) for k, v in options.items()})
 
     @property
     def options(self) -> dict[str, Any]:

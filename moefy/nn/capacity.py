@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moefy import ops
 from moefy.config import Capacity
+from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn.routing import Choice
 
@@ -107,7 +108,7 @@ def seat(
         ConfigError: for a factor that is not finite.
     """
     factor = call_factor(capacity, training) if factor is None else factor
-    if not -math.inf < factor < math.inf:
+    if not is_finite(factor):
         raise ConfigError("capacity_factor", got=factor, expected="a finite number")
     index_TK = choice.index
     seats = expert_capacity(index_TK, num_experts, top_k, capacity, factor)

@@ -90,19 +90,29 @@ def make_experts(experts: Experts, num_experts: int | None) -> tuple[nn.Module, 
         num_experts: E; ``None`` where a list says it.
 
     Raises:
-        ConfigError: when E is not said, or said otherwise than by the list.
+        ConfigError: when E is not said, or said otherwise than by the list, and for what makes no modules.
     """
     if isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList):
         return experts, size("num_experts", num_experts)
     if callable(experts) and not isinstance(experts, nn.ModuleList):
         count = size("num_experts", num_experts)
-        return ExpertList([experts() for _ in range(count)]), count
-    made = [e if isinstance(e, nn.Module) else e() for e in experts]
+        return ExpertList([_make(experts) for _ in range(count)]), count
+    if not isinstance(experts, Sequence | nn.ModuleList):
+        raise ConfigError("experts", got=experts, expected="a factory, a module, or a list of these")
+    made = [_make(expert) for expert in experts]
     if num_experts not in (None, len(made)):
         raise ConfigError("num_experts", got=num_experts, expected=f"{len(made)}, the length of experts")
     if not made:
         raise ConfigError("experts", got=experts, expected="at least one expert")
     return ExpertList(made), len(made)
+
+
+def _make(expert: nn.Module | ExpertFactory) -> nn.Module:
+    """The expert itself, or what its factory makes."""
+    made = expert() if callable(expert) and not isinstance(expert, nn.Module) else expert
+    if not isinstance(made, nn.Module):
+        raise ConfigError("experts", got=made, expected="modules or factories of modules")
+    return made
 
 
 def size(name: str, value: Any) -> int:

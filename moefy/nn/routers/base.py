@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from moefy.config import AuxLoss, Capacity
+from moefy.config.fields import is_finite, is_int
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
 from moefy.nn.aux_loss import AuxState, Injected, layer_loss
@@ -87,10 +88,12 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if d_model < 1:
+        if not is_int(d_model, 1):
             raise ConfigError("d_model", got=d_model, expected="an int >= 1")
-        if num_experts < 1:
+        if not is_int(num_experts, 1):
             raise ConfigError("num_experts", got=num_experts, expected="an int >= 1")
+        if not (is_finite(std) and std >= 0):
+            raise ConfigError("std", got=std, expected="a finite number >= 0")
         self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
         self.check_top_k(top_k)
         self.std, self.seed, self.fqn = std, seed, fqn
@@ -114,7 +117,7 @@ class Router(nn.Module):
 
     def check_top_k(self, top_k: int) -> None:
         """Raise ``ConfigError`` for a K that this router does not have."""
-        if not 1 <= top_k <= self.num_experts:
+        if not (is_int(top_k, 1) and top_k <= self.num_experts):
             raise ConfigError("top_k", got=top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}")
         if self.only_top_k is not None and top_k != self.only_top_k:
             raise ConfigError(
@@ -193,7 +196,7 @@ class Router(nn.Module):
             raise ShapeError(
                 f"the router expects {self.d_model} features on axis {feature_dim}; got {tuple(x.shape)}"
             )
-        if router_index is not None and not 0 <= router_index < self.num_routers:
+        if router_index is not None and not (is_int(router_index, 0) and router_index < self.num_routers):
             expected = f"0 <= router_index < {self.num_routers}"
             raise ConfigError("router_index", got=router_index, expected=expected)
         top_k = self.top_k_of(router_index) if top_k is None else top_k

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn import load, losses
 from moefy.nn.routers.base import Call
@@ -70,7 +71,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         auto_update: bool = True,
         **options: Any,
     ) -> None:
-        if not 0 <= rate < float("inf"):
+        if not (is_finite(rate) and rate >= 0):
             raise ConfigError("rate", got=rate, expected="a finite number >= 0")
         self.rate, self.auto_update = rate, auto_update
         super().__init__(d_model, num_experts, top_k, **options)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moefy.config.fields import is_finite, is_int
 from moefy.errors import ConfigError
 from moefy.nn import functional
 from moefy.nn.routers.base import router_init_
@@ -61,9 +62,9 @@ class CosineRouter(TutelTopRouter):
         init_t: float = 0.5,
         **options: Any,
     ) -> None:
-        if proj_dim < 1:
+        if not is_int(proj_dim, 1):
             raise ConfigError("proj_dim", got=proj_dim, expected="an int >= 1")
-        if not 0 < init_t < float("inf"):
+        if not (is_finite(init_t) and init_t > 0):
             raise ConfigError("init_t", got=init_t, expected="a finite number > 0")
         self.proj_dim, self.init_t = proj_dim, init_t
         super().__init__(d_model, num_experts, top_k, **options)

@@ -45,7 +45,7 @@ class CustomRouter(Router):
         num_experts: int,
         top_k: int,
         *,
-        module: Callable[[Tensor], Tensor | Choice],
+        module: Callable[[Tensor], Tensor | Choice] | None = None,
         sums_to_one: bool | None = None,
         **options: Any,
     ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from moefy.config import Capacity
+from moefy.config.fields import is_finite, is_int
 from moefy.errors import ConfigError
 from moefy.nn.capacity import queue_ranks, rule_capacity
 from moefy.nn.routers.base import Call, Router
@@ -61,9 +62,10 @@ class DCRouter(GShardRouter):
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
-        if len(rates) != 2 or not all(0 < rate < float("inf") for rate in rates):
+        pair = isinstance(rates, tuple | list) and len(rates) == 2
+        if not (pair and all(is_finite(rate) and rate > 0 for rate in rates)):
             raise ConfigError("rates", got=rates, expected="two numbers > 0, for training and evaluation")
-        if num_workers < 1:
+        if not is_int(num_workers, 1):
             raise ConfigError("num_workers", got=num_workers, expected="an int >= 1")
         self.rates, self.num_workers = tuple(rates), num_workers
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routing import Choice
@@ -59,7 +60,7 @@ class ExpertChoiceRouter(Router):
         self, d_model: int, num_experts: int, top_k: int, *, factor: float | None = None, **options: Any
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
-        if factor is not None and not 0 < factor <= num_experts:
+        if factor is not None and not (is_finite(factor) and 0 < factor <= num_experts):
             raise ConfigError("factor", got=factor, expected=f"0 < factor <= num_experts = {num_experts}")
         self.factor = factor
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moefy.config.fields import is_int
 from moefy.errors import ConfigError
 from moefy.nn.routers.scored import Score, ScoreTopK, top_k_index
 
@@ -65,14 +66,14 @@ class GroupLimitedRouter(ScoreTopK):
         group_best: int | None = None,
         **options: Any,
     ) -> None:
-        if n_groups < 1 or num_experts % n_groups:
+        if not is_int(n_groups, 1) or num_experts % n_groups:
             expected = f"a divisor of num_experts = {num_experts}"
             raise ConfigError("n_groups", got=n_groups, expected=expected)
         topk_groups = max(1, n_groups // 2) if topk_groups is None else topk_groups
-        if not 1 <= topk_groups <= n_groups:
+        if not (is_int(topk_groups, 1) and topk_groups <= n_groups):
             raise ConfigError("topk_groups", got=topk_groups, expected=f"1 <= topk_groups <= {n_groups}")
         size = num_experts // n_groups
-        if group_best is not None and not 1 <= group_best <= size:
+        if group_best is not None and not (is_int(group_best, 1) and group_best <= size):
             raise ConfigError("group_best", got=group_best, expected=f"1 <= group_best <= {size}")
         self.n_groups, self.topk_groups, self.group_best = n_groups, topk_groups, group_best
         super().__init__(d_model, num_experts, top_k, **options)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy.config import RouterSpec
+from moefy.config.fields import is_int
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routing import Choice
@@ -47,12 +48,12 @@ class MultiRouter(Router):
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
-        if isinstance(routers, str | RouterSpec) or len(routers) == 0:
+        if not isinstance(routers, tuple | list) or len(routers) == 0:
             raise ConfigError("routers", got=routers, expected="a tuple of at least one router")
         self.routers = nn.ModuleList(
             self._make(router, f"{self.fqn}.routers.{i}", options) for i, router in enumerate(routers)
         )
-        if not 0 <= router_index < len(self.routers):
+        if not (is_int(router_index, 0) and router_index < len(self.routers)):
             raise ConfigError("router_index", got=router_index, expected=f"0 <= index < {len(self.routers)}")
         self.router_index = router_index
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn import functional, losses
 from moefy.nn.routers.base import Call, Router
@@ -43,7 +44,7 @@ class NoisyTopKRouter(Router):
         self, d_model: int, num_experts: int, top_k: int, *, noise_epsilon: float = 1e-2, **options: Any
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
-        if not 0 < noise_epsilon < float("inf"):
+        if not (is_finite(noise_epsilon) and noise_epsilon > 0):
             raise ConfigError("noise_epsilon", got=noise_epsilon, expected="a finite number > 0")
         self.noise_epsilon = noise_epsilon
 

@@ -134,6 +134,8 @@ class ReplayRouter(ScoreTopK):
         self._complete = True
         empty = torch.empty((0, 0, top_k), dtype=torch.int64, device=device)
         self.register_buffer("trace", empty, persistent=False)
+        if trace is not None and not isinstance(trace, str | os.PathLike):
+            raise ConfigError("trace", got=trace, expected="the path of a saved Trace")
         if trace is not None and not self.step.is_meta:
             self.set_trace(Trace.load(trace).of(self.fqn))
 

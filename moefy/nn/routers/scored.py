@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefy import ops
+from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Router
 from moefy.nn.routing import Choice
@@ -82,7 +83,7 @@ class ScoreTopK(Router):
         score = self.own_score if score is None else score
         if score not in get_args(Score):
             raise ConfigError("score", got=score, expected=f"one of {get_args(Score)}")
-        if not 0 < scale < float("inf"):
+        if not (is_finite(scale) and scale > 0):
             raise ConfigError("scale", got=scale, expected="a finite number > 0")
         self.score: Score = score
         self.scale = scale

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.config.fields import is_int
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routers.scored import renormalized, top_k_index
@@ -78,7 +79,7 @@ class SwipeRouter(Router):
         self, d_model: int, num_experts: int, top_k: int, *, num_workers: int = 1, **options: Any
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
-        if num_workers < 1 or num_experts % num_workers:
+        if not is_int(num_workers, 1) or num_experts % num_workers:
             expected = f"a divisor of num_experts = {num_experts}"
             raise ConfigError("num_workers", got=num_workers, expected=expected)
         self.num_workers = num_workers

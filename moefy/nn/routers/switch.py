@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn.routers.scored import ScoreTopK
 
@@ -54,7 +55,7 @@ class SwitchRouter(ScoreTopK):
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
-        if not 0 <= jitter < 1:
+        if not (is_finite(jitter) and 0 <= jitter < 1):
             raise ConfigError("jitter", got=jitter, expected="0 <= jitter < 1")
         if noise not in get_args(Noise):
             raise ConfigError("noise", got=noise, expected=f"one of {get_args(Noise)}")

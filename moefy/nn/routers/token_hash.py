@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moefy.errors import ConfigError, RoutingError, ShapeError
+from moefy.config.fields import is_int
+from moefy.errors import ConfigError, DtypeError, RoutingError, ShapeError
 from moefy.nn import functional
 from moefy.nn.routers.base import Call, Router, seeded_generator
 from moefy.nn.routing import Choice
@@ -61,6 +62,7 @@ class HashRouter(Router):
         ConfigError: for values outside their domain.
         RoutingError: from ``forward``, by token and without ids.
         ShapeError: from ``forward``, for ids that are not one per token.
+        DtypeError: from ``forward``, for ids that are no integers.
     """
 
     table: Tensor
@@ -77,7 +79,7 @@ class HashRouter(Router):
     ) -> None:
         if by not in get_args(By):
             raise ConfigError("by", got=by, expected=f"one of {get_args(By)}")
-        if size < num_experts:
+        if not is_int(size, num_experts):
             raise ConfigError("size", got=size, expected=f"size >= num_experts = {num_experts}")
         self.by, self.size = by, size
         super().__init__(d_model, num_experts, top_k, **options)
@@ -122,6 +124,8 @@ class HashRouter(Router):
             )
         if ids.numel() != tokens:
             raise ShapeError(f"{self.fqn or 'the hash router'}: {ids.numel()} token ids for {tokens} tokens")
+        if ids.is_floating_point() or ids.is_complex():
+            raise DtypeError(f"{self.fqn or 'the hash router'}: token ids are integers; got {ids.dtype}")
         return ids.reshape(-1)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.config.fields import is_finite, is_int
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routers.scored import renormalized, top_k_index
@@ -82,17 +83,17 @@ class TopologyRouter(Router):
         node: int = 0,
         **options: Any,
     ) -> None:
-        self.experts_per_node = num_experts if experts_per_node is None else experts_per_node
-        super().__init__(d_model, num_experts, top_k, **options)
-        size = self.experts_per_node
-        if size < 1 or num_experts % size:
+        size = num_experts if experts_per_node is None else experts_per_node
+        if not is_int(size, 1) or num_experts % size:
             raise ConfigError(
                 "experts_per_node", got=size, expected=f"a divisor of num_experts = {num_experts}"
             )
-        if not 0 <= node < num_experts // size:
+        if not (is_int(node, 0) and node < num_experts // size):
             raise ConfigError("node", got=node, expected=f"0 <= node < {num_experts // size}")
-        if not 0 <= outgoing_fraction <= 1:
+        if not (is_finite(outgoing_fraction) and 0 <= outgoing_fraction <= 1):
             raise ConfigError("outgoing_fraction", got=outgoing_fraction, expected="0 <= fraction <= 1")
+        self.experts_per_node = size
+        super().__init__(d_model, num_experts, top_k, **options)
         self.outgoing_fraction, self.node = outgoing_fraction, node
 
     def check_top_k(self, top_k: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn import losses
 from moefy.nn.routers.base import Call, Router
@@ -50,7 +51,7 @@ class TutelTopRouter(Router):
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_experts, top_k, **options)
-        if not 0 <= gate_noise < float("inf"):
+        if not (is_finite(gate_noise) and gate_noise >= 0):
             raise ConfigError("gate_noise", got=gate_noise, expected="a finite number >= 0")
         self.gate_noise, self.normalize_gate, self.mixed_units = gate_noise, normalize_gate, mixed_units
 
