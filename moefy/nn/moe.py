@@ -268,7 +268,7 @@ class MoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise every parameter again, say after ``to_empty``; seeded ones get the values they had."""
-        device = next(self.parameters()).device
+        device = next((p.device for p in self.parameters()), None)
         shared = [m for m in (self.shared_experts, self.shared_gate) if m is not None]
         routed = [
             m for name, m in self.named_children() if name not in ("router", "shared_experts", "shared_gate")

@@ -334,3 +334,10 @@ def test_the_auxiliary_loss_of_the_layer() -> None:
     moe.l_aux.backward()
     assert moe.router.weight.grad.any()
     assert layer(aux_loss=0.25).router.aux_loss == moefy.AuxLoss(weight=0.25)
+
+
+def test_a_layer_without_parameters_is_reset_too() -> None:
+    moe = MoE(D, num_experts=2, experts=nn.Identity, router="zero")
+    moe.reset_parameters()
+    x = tokens()
+    assert_same(moe(x), x)
