@@ -27,6 +27,7 @@ _PUBLIC = {
     "aux_loss": "moefy.nn.aux_delivery",
     "deliver_aux_loss": "moefy.nn.aux_delivery",
     "loss_scale": "moefy.nn.aux_delivery",
+    "checked_mode": "moefy.nn.checked",
     "load": "moefy.load_report",
     "LoadReport": "moefy.load_report",
     "LoadHistory": "moefy.load_history",
@@ -51,6 +52,7 @@ __all__ = [
     "RouterSpec",
     "__version__",
     "aux_loss",
+    "checked_mode",
     "deliver_aux_loss",
     "errors",
     "find",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from moefy.load_report import LoadReport, load
     from moefy.nn import MoE
     from moefy.nn.aux_delivery import aux_loss, deliver_aux_loss, loss_scale
+    from moefy.nn.checked import checked_mode
     from moefy.records import FFNMatch, LayerRecord, PassRecord
     from moefy.revert import undo
     from moefy.rewrite_report import RewriteReport

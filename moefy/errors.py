@@ -132,6 +132,18 @@ class RoutingError(MoefyError, RuntimeError):
     """Rows with a routing met something they cannot be combined with, or lost their routing."""
 
 
+class NonFiniteScores(MoefyError, ValueError):
+    """In ``moefy.checked_mode()``: a router's scores hold NaN or infinity. ``tokens`` are the rows that have them."""
+
+    def __init__(self, fqn: str, *, tokens: Sequence[int], total: int) -> None:
+        self.tokens = list(tokens)
+        shown = ", ".join(str(t) for t in self.tokens[:5]) + (", ..." if len(self.tokens) > 5 else "")
+        super().__init__(
+            f"{fqn}: {len(self.tokens)} of {total} tokens have NaN or infinite router logits (tokens {shown}); "
+            "expected finite ones. Look at the layer's input and at router.weight, or lower the learning rate"
+        )
+
+
 class ShapeError(MoefyError, ValueError):
     """A tensor has a shape that the op or layer cannot take."""
 

@@ -67,7 +67,9 @@ class RoutingCost:
             for shape, times in self.ms.items()
         ]
         heading = f"moefy bench routing: device {self.device}, torch {torch.__version__}"
-        return "\n".join([heading, "", draw(columns, rows, stream_width()), "", f"goal: {GOAL:.0%} on B, on a GPU"])
+        return "\n".join(
+            [heading, "", draw(columns, rows, stream_width()), "", f"goal: {GOAL:.0%} on B, on a GPU"]
+        )
 
 
 def _top_k(inputs: Inputs) -> Callable[[], object]:

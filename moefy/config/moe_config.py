@@ -26,7 +26,7 @@ class MoEConfig:
 
     Args:
         num_experts: global number of experts E per layer, 1 to 4096.
-        top_k: experts per token, 1 to ``num_experts``.
+        top_k: experts per token, 1 to ``num_experts``; by default what the router is defined for, 2 for most.
         seed: seeds the router initialisation, together with the layer's FQN, so that every rank agrees.
         router_std: standard deviation of the normal router initialisation. The default 0.02 is that of GPT-2 and
             of Mixtral's ``initializer_range``.
@@ -42,7 +42,7 @@ class MoEConfig:
     """
 
     num_experts: int
-    top_k: int = 2
+    top_k: int = None  # type: ignore[assignment]  # a number once it is made
     seed: int = 0
     router_std: float = 0.02
     expert_noise: float = 0.0
@@ -52,6 +52,8 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their domain."""
+        if self.top_k is None and isinstance(self.num_experts, int):
+            object.__setattr__(self, "top_k", default_top_k(self.router, self.num_experts))
         for name in ("num_experts", "top_k", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -98,8 +100,6 @@ class MoEConfig:
             return dataclasses.replace(config, **given)
         if "num_experts" not in given:
             raise ConfigError("num_experts", got=None, expected="an int, the number of experts per layer")
-        if "top_k" not in given and isinstance(given["num_experts"], int):
-            given["top_k"] = default_top_k(given.get("router", "top_k"), given["num_experts"])
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

@@ -43,7 +43,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "options"), OPTIONS, ids=[f"{n}-{next(iter(o))}-{i}" for i, (n, o) in enumerate(OPTIONS)]
+)
 def test_router_options(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         make_router(moefy.RouterSpec(name, **options), D, E, 1 if name == "switch" else 2)
@@ -71,7 +73,9 @@ CALLS: list[tuple[type[Exception], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "options"), CALLS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("error", "options"), CALLS, ids=[f"{next(iter(o))}-{i}" for i, (_, o) in enumerate(CALLS)]
+)
 def test_calls(error: type[Exception], options: dict[str, Any]) -> None:
     with pytest.raises(error, match=next(iter(options))):
         moefy.MoE(D, 8, E)(torch.randn(3, D), **options)
@@ -89,7 +93,11 @@ def test_token_ids_are_integers() -> None:
         layer(torch.randn(3, D), token_ids=torch.ones(3))
 
 
-@pytest.mark.parametrize("experts", [5, ["a"], [nn.Identity(), lambda: None], lambda: 5], ids=str)
+@pytest.mark.parametrize(
+    "experts",
+    [5, ["a"], [nn.Identity(), lambda: None], lambda: 5],
+    ids=["number", "string", "factory of nothing", "factory of a number"],
+)
 def test_experts(experts: Any) -> None:
     with pytest.raises(ConfigError, match="experts"):
         moefy.MoE(D, num_experts=2, experts=experts)

@@ -27,6 +27,7 @@ from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
 from moefy.nn.aux_loss import AuxState, Injected, layer_loss
 from moefy.nn.capacity import DEFAULT_CAPACITY, Seats, seat
+from moefy.nn.checked import check_scores
 from moefy.nn.load import LoadCounter, in_backward
 from moefy.nn.routing import Choice, Routing
 
@@ -190,6 +191,7 @@ class Router(nn.Module):
         Raises:
             ShapeError: when ``x`` has another width.
             ConfigError: for a K outside 1 to E, or a router index that does not exist.
+            NonFiniteScores: for NaN scores, in ``moefy.checked_mode()`` alone.
         """
         axis = functional.feature_axis(x.dim(), feature_dim)
         if x.shape[axis] != self.d_model:
@@ -209,6 +211,7 @@ class Router(nn.Module):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
         )
         choice = self.decide(x, call)
+        check_scores(choice.logits, call.mask, self.fqn or type(self).__name__)
         if call.mask is not None:
             choice = choice.masked(call.mask, self.num_experts)
         seats = self.seat(choice, top_k, capacity_factor)

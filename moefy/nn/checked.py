@@ -1,0 +1,49 @@
+"""Checked mode: errors by name for faults that only a look at the data shows, which waits for the device.
+
+Contract: outside of it nothing is looked at: NaN scores give valid ids and NaN weights, and stay in their own tokens.
+Inside, in eager mode, a router raises ``NonFiniteScores`` before its layer computes anything. Compiled graphs and
+traces do not look.
+
+    with moefy.checked_mode():
+        model(x)        # moefy.errors.NonFiniteScores: layers.3.mlp: 2 of 128 tokens have NaN or infinite ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefy.errors import NonFiniteScores
+from moefy.nn.load import traced
+
+_depth = 0  # of nested blocks; of the process, since DataParallel and autograd run threads of their own
+
+
+class checked_mode(contextlib.ContextDecorator):
+    """Look at the data while the block runs; see the top of the file. Costs a wait for the device per layer."""
+
+    def __enter__(self) -> checked_mode:
+        global _depth
+        _depth += 1
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        global _depth
+        _depth -= 1
+
+
+def check_scores(logits_TE: Tensor, mask_T: Tensor | None, name: str) -> None:
+    """Raise ``NonFiniteScores`` in checked mode when a token that counts has a NaN or +inf score.
+
+    -inf is allowed: it is how a router forbids an expert.
+    """
+    if not _depth or torch.compiler.is_compiling() or traced():
+        return
+    bad_T = (logits_TE.isnan() | logits_TE.isposinf()).any(-1)
+    if mask_T is not None:
+        bad_T = bad_T & mask_T.to(bad_T)
+    if bad_T.any():
+        raise NonFiniteScores(name, tokens=bad_T.nonzero().flatten().tolist(), total=len(bad_T))
