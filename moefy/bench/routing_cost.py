@@ -22,13 +22,9 @@ from torch import Tensor
 from moefy.bench.base import Benchmark
 from moefy.bench.layer import DEFAULT_REP_MS, device_from, name_list
 from moefy.bench.layer_contract import from_function
-from moefy.bench.layer_providers import moefy_layer
 from moefy.bench.layer_shapes import Inputs, draw_inputs, shapes_for
 from moefy.bench.layer_timing import median_ms
 from moefy.errors import ConfigError
-from moefy.nn import losses
-from moefy.nn.functional import top_k_softmax
-from moefy.ops import sort_by_expert
 from moefy.tables import Column, draw, stream_width
 
 SCHEMA_VERSION = 1
@@ -73,6 +69,8 @@ class RoutingCost:
 
 
 def _top_k(inputs: Inputs) -> Callable[[], object]:
+    from moefy.ops import top_k_softmax
+
     logits_TE = inputs.logits_TE.detach().requires_grad_()
     grad_TK = torch.randn(logits_TE.shape[0], inputs.shape.top_k, device=logits_TE.device)
 
@@ -85,11 +83,15 @@ def _top_k(inputs: Inputs) -> Callable[[], object]:
 
 
 def _sort(inputs: Inputs) -> Callable[[], object]:
+    from moefy.ops import sort_by_expert, top_k_softmax
+
     _, index_TK = top_k_softmax(inputs.logits_TE, inputs.shape.top_k)
     return lambda: sort_by_expert(index_TK, inputs.shape.num_experts)
 
 
 def _loss(inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+    from moefy.ops import top_k_softmax
+
     logits_TE = inputs.logits_TE.detach().requires_grad_()
     _, index_TK = top_k_softmax(inputs.logits_TE, inputs.shape.top_k)
 
@@ -101,11 +103,15 @@ def _loss(inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[
 
 
 def _balance(inputs: Inputs) -> Callable[[], object]:
+    from moefy.nn import losses
+
     experts = inputs.shape.num_experts
     return _loss(inputs, lambda logits, index: losses.switch(torch.softmax(logits, -1), index, experts))
 
 
 def _z_loss(inputs: Inputs) -> Callable[[], object]:
+    from moefy.nn import losses
+
     return _loss(inputs, lambda logits, _: losses.z_loss(logits))
 
 
@@ -119,6 +125,8 @@ STEPS: dict[str, Callable[[Inputs], Callable[[], object]]] = {
 
 def measure(inputs: Inputs, rep: float) -> dict[str, float]:
     """Milliseconds of the layer and of each step; ``rep`` is in milliseconds, for each figure."""
+    from moefy.bench.layer_providers import moefy_layer
+
     works: dict[str, Callable[[], object]] = {"layer": from_function(moefy_layer)(inputs).step}
     works |= {name: make(inputs) for name, make in STEPS.items()}
     for work in works.values():
