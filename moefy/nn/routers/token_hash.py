@@ -135,6 +135,9 @@ class HashRouter(Router):
 def route_by_token_ids(model: nn.Module, argument: str = "input_ids") -> RemovableHandle:
     """Give every ``HashRouter`` in ``model`` the ids that ``model`` is called with.
 
+    The routers hold the ids of the last call. A checkpointed block that is run again in a backward reads them there: do
+    each backward before the next forward, or pass ``token_ids`` through the checkpointed call.
+
     Args:
         model: whatever is called with the ids.
         argument: the name of that argument of its forward.
