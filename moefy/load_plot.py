@@ -8,6 +8,7 @@ twice its share or more. No window is opened and matplotlib's global state is no
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,11 +55,13 @@ def plot_history(shares: dict[str, Tensor], steps: list[int], path: str | Path) 
 
 
 def _figure(rows: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, max(LEAST_INCHES, 1 + rows / ROWS_PER_INCH)), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
+    import_module = importlib.import_module  # an extra, which type checkers need not find
+    canvas = import_module("matplotlib.backends.backend_agg").FigureCanvasAgg
+    figure_class = import_module("matplotlib.figure").Figure
+    figure = figure_class(
+        figsize=(8, max(LEAST_INCHES, 1 + rows / ROWS_PER_INCH)), layout="constrained", dpi=120
+    )
+    canvas(figure)
     return figure, figure.subplots()
 
 

@@ -124,8 +124,7 @@ def descriptor(tensor: Tensor, *block: int) -> Any:
 
 def describe(base: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
     """A tensor descriptor. Its own checks, which take half a launch, are left out: ``describable`` made them."""
-    tensor_descriptor = _descriptor_class()
-    found = tensor_descriptor.__new__(tensor_descriptor)
+    found: Any = object.__new__(_descriptor_class())
     found.base, found.shape, found.strides = base, list(shape), list(strides)
     found.block_shape, found.padding = list(block), "zero"
     return found

@@ -36,7 +36,11 @@ class Kernel:
         self.jitted = jit(function, **options) if options else jit(function)
         self._interpreted = not isinstance(self.jitted, triton.JITFunction)
         self._compiled: dict[Any, Any] = {}
-        functools.update_wrapper(self, function)
+        self.__name__, self.__module__, self.__doc__ = (
+            function.__name__,
+            function.__module__,
+            function.__doc__,
+        )
 
     @property
     def arg_names(self) -> list[str]:
