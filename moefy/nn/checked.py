@@ -35,10 +35,11 @@ class checked_mode(contextlib.ContextDecorator):
         _depth -= 1
 
 
-def check_scores(logits_TE: Tensor, mask_T: Tensor | None, name: str) -> None:
+def check_scores(router: Any, logits_TE: Tensor, mask_T: Tensor | None) -> None:
     """Raise ``NonFiniteScores`` in checked mode when a token that counts has a NaN or +inf score.
 
-    -inf is allowed: it is how a router forbids an expert.
+    -inf is allowed: it is how a router forbids an expert. The router's name is read only then: a graph that several
+    layers share would otherwise be compiled for each name.
     """
     if not _depth or torch.compiler.is_compiling() or traced():
         return
@@ -46,4 +47,5 @@ def check_scores(logits_TE: Tensor, mask_T: Tensor | None, name: str) -> None:
     if mask_T is not None:
         bad_T = bad_T & mask_T.to(bad_T)
     if bad_T.any():
+        name = router.fqn or type(router).__name__
         raise NonFiniteScores(name, tokens=bad_T.nonzero().flatten().tolist(), total=len(bad_T))

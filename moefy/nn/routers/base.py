@@ -211,7 +211,7 @@ class Router(nn.Module):
             token_ids=None if token_ids is None else token_ids.reshape(-1),
         )
         choice = self.decide(x, call)
-        check_scores(choice.logits, call.mask, self.fqn or type(self).__name__)
+        check_scores(self, choice.logits, call.mask)
         if call.mask is not None:
             choice = choice.masked(call.mask, self.num_experts)
         seats = self.seat(choice, top_k, capacity_factor)
