@@ -198,7 +198,7 @@ def weights_grad(
         parts, order_N, grad_TD, b_down if b_down is not None else grad_TD, out_TK,
         schedule.expert_of_tile, schedule.experts, schedule.num_experts, rows, parts.shape[0], grad_TD.shape[1],
         grad_TD.stride(0),
-        K=out_TK.shape[1], BIAS=b_down is not None, M=block_rows, STEP=64, num_warps=4,
+        K=out_TK.shape[1], BIAS=b_down is not None, M=block_rows, STEP=32, num_warps=4,
     )  # fmt: skip
 
 

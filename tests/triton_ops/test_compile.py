@@ -193,7 +193,7 @@ def row_movers(dtype: torch.dtype) -> list[Kernel]:
         Kernel("moefy.triton_ops.tiles:_schedule_kernel", schedule,
                {"M": 128, "PADDED": 128, "TILES": 128, "BLOCK": 1024, "COUNTERS": 64}, {"num_warps": 4}),
         Kernel("moefy.triton_ops.hidden_grad:_weights_grad_kernel", parts,
-               {"K": 8, "BIAS": True, "M": 128, "STEP": 64}, {"num_warps": 4}),
+               {"K": 8, "BIAS": True, "M": 128, "STEP": 32}, {"num_warps": 4}),
         Kernel("moefy.triton_ops.weight_grad:_bias_grad_kernel", bias,
                {"K": 8, "GATHER": True, "WEIGHTED": True, "N": 64, "STEP": 64}, {"num_warps": 4}),
         Kernel("moefy.triton_ops.gather_sum:_gather_sum_kernel", total, {**wide, "WEIGHTED": True}, {"num_warps": 8}),
