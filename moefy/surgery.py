@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moefy.config import MoEConfig
 from moefy.errors import NameClash
-from moefy.nn import Body, EntryLinear, ExitLinear, ExpertLinear, FFNLink, MoE, Router, WeightRef
+from moefy.nn import Body, EntryLinear, ExitLinear, ExpertLinear, FFNLink, InPlaceMoE, Router, WeightRef
 from moefy.nn.routers import configured_router
 from moefy.nn.upcycling import Origin, stack
 from moefy.passes.linears import LinearSite
@@ -132,7 +132,7 @@ def _moe_swap(index: ModelIndex, match: Match, config: MoEConfig, origins: dict[
         raise AssertionError(f"{fqn}: a module match without its body")
     router = _router(model, region, config, fqn, fqn)
     refs = [_ref(site, prefix) for site in sites]
-    moe = MoE.from_parts(
+    moe = InPlaceMoE(
         entries=refs[:-1],
         exit=refs[-1],
         body=Body.from_graph(match.body, match.known),

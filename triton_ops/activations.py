@@ -18,7 +18,8 @@ NAMES = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "sigmoid", 
 
 @jit
 def _sigmoid(x):
-    # Epilogues have nothing beside them, so instructions count: exp2 and rsqrt are one each, exp and a division six.
+    # Epilogues have nothing beside them, so instructions count: with exp and a division the hidden gradient of a GLU
+    # has 5000 of them, like this 3800.
     root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * x))
     return root * root
 

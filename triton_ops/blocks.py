@@ -26,7 +26,6 @@ class Blocks:
     ``per_processor``: programs that share a multiprocessor, so that one's epilogue runs beside another's products.
     ``store``: write whole tiles by descriptor.
     ``pair``: load the tiles of gate and up as one operand.
-    ``registers``: the most that a thread may have, so that several programs fit.
     ``flatten``: let the loads of the next tile start during the epilogue.
     """
 
@@ -41,13 +40,11 @@ class Blocks:
     flatten: bool = False
     store: bool = False
     pair: bool = True
-    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """Launch options."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 _WIDE = {
@@ -123,7 +120,7 @@ def descriptor(tensor: Tensor, *block: int) -> Any:
 
 
 def describe(base: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> Any:
-    """A tensor descriptor. Its own checks, which take half a launch, are left out: ``describable`` made them."""
+    """A tensor descriptor without its own checks, which take microseconds of the host: ``describable`` made them."""
     found: Any = object.__new__(_descriptor_class())
     found.base, found.shape, found.strides = base, list(shape), list(strides)
     found.block_shape, found.padding = list(block), "zero"

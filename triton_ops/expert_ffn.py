@@ -23,11 +23,13 @@ from moefy.triton_ops.tiles import Schedule, schedule
 from moefy.triton_ops.weight_grad import bias_grad, weight_grad
 
 # From this hidden width on the gradient's rows are copied before w_down's gradient reads them: a product over rows that
-# lie apart is slower by a part of itself, a copy costs the same whatever the width (H100, bf16: H=1024 2.11 ms against
-# 1.74 + 0.74, H=3072 0.295 against 0.237 + 0.04). The rows of x are always copied: H=1024 4.80 ms against 2.96 + 0.74.
+# lie apart is slower by a part of itself, a copy costs the same whatever the width (H100, bf16: H=1024 2.03 ms against
+# 1.70 + 0.44, H=3072 0.294 against 0.241 + 0.03). The rows of x are always copied: H=1024 4.80 ms against 2.96 + 0.44.
 COPY_GRADIENT_FROM = 2048
 # The rows of x are copied in blocks of columns of at most this many bytes, so that the peak of memory is elsewhere.
 MAX_COPY = 512 << 20
+# But in so few blocks, since each is a launch of its own.
+MAX_COPIES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,4 +232,5 @@ def _column_blocks(rows: int, x_TD: Tensor) -> list[tuple[int, int]]:
     """The columns of x in blocks whose copies take at most ``MAX_COPY`` bytes each, in multiples of a tile."""
     width = x_TD.shape[1]
     block = max(512, MAX_COPY // (max(rows, 1) * x_TD.element_size()) // 256 * 256)
+    block = max(block, -(-width // (256 * MAX_COPIES)) * 256)
     return [(first, min(first + block, width)) for first in range(0, width, block)]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import moefy
+from moefy.bench.arguments import device_from, name_list, rep_from
 from moefy.bench.base import Benchmark
 from moefy.bench.layer_contract import Layer, Provider, Unsupported, reference, relative_errors
 from moefy.bench.layer_result import LayerResult, Mode, Row, save_plot
@@ -32,7 +33,6 @@ from moefy.bench.layer_timing import Work, captured, median_ms, peak_mib
 from moefy.environment import package_version
 from moefy.errors import ConfigError, UsageError
 
-DEFAULT_REP_MS = {"cuda": 200.0, "cpu": 30.0}
 FIGURES = (".pdf", ".png", ".svg")
 
 
@@ -179,17 +179,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw bars (needs the extra 'plot')")
 
 
-def name_list(text: str) -> tuple[str, ...]:
-    """``"A, B"`` as ``("A", "B")``."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _run(args: argparse.Namespace) -> LayerResult:
     device = device_from(args.device)
     shapes, providers = shapes_for(device, args.shapes), _providers(args.providers)
-    rep = DEFAULT_REP_MS[device.type] if args.rep is None else args.rep
-    if not rep > 0:
-        raise ConfigError("rep", got=rep, expected="milliseconds > 0")
+    rep = rep_from(args.rep, device)
     if args.plot is not None:
         _check_plot(args.plot)
     if device.type == "cuda":
@@ -209,34 +202,6 @@ def _providers(names: tuple[str, ...]) -> tuple[Provider, ...]:
         if name not in known:
             raise ConfigError("providers", got=name, expected=f"some of {', '.join(known)}")
     return tuple(known[name] for name in dict.fromkeys(names or known))
-
-
-def device_from(text: str | None) -> torch.device:
-    """The device that an option names, by default a GPU where there is one.
-
-    Raises:
-        ConfigError: for one that torch does not see.
-    """
-    if text is None:
-        return _numbered(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    expected = "cpu, or cuda or cuda:N of a GPU that torch sees"
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise ConfigError("device", got=text, expected=expected) from error
-    there = device.type == "cpu" or (
-        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
-    )
-    if not there:
-        raise ConfigError("device", got=text, expected=expected)
-    return _numbered(device)
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """``device`` with its index, which ``torch.cuda.set_device`` wants."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _check_plot(path: Path) -> None:

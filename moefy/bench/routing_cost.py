@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefy.bench.arguments import device_from, name_list, rep_from
 from moefy.bench.base import Benchmark
-from moefy.bench.layer import DEFAULT_REP_MS, device_from, name_list
 from moefy.bench.layer_contract import from_function
 from moefy.bench.layer_shapes import Inputs, draw_inputs, shapes_for
 from moefy.bench.layer_timing import median_ms
@@ -151,9 +151,7 @@ def _run(args: argparse.Namespace) -> RoutingCost:
     shapes = {name: shape for name, shape in shapes_for(device, args.shapes).items() if not shape.decode}
     if not shapes:
         raise ConfigError("shapes", got=",".join(args.shapes), expected="shapes that train: A B Bz C Cz D E")
-    rep = DEFAULT_REP_MS[device.type] if args.rep is None else args.rep
-    if not rep > 0:
-        raise ConfigError("rep", got=rep, expected="milliseconds > 0")
+    rep = rep_from(args.rep, device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     return RoutingCost(device=name, ms={k: measure(draw_inputs(v, device), rep) for k, v in shapes.items()})

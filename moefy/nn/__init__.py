@@ -6,6 +6,7 @@ They know ``moefy.ops`` and nothing above it; ``functional`` is the core that al
 from moefy.nn.body import Body, KnownBody
 from moefy.nn.entry_exit import EntryLinear, ExitLinear, FFNLink
 from moefy.nn.expert_linear import ExpertLinear
+from moefy.nn.in_place import InPlaceMoE
 from moefy.nn.moe import MoE
 from moefy.nn.routed_rows import RoutedRows
 from moefy.nn.routers import Router
@@ -19,6 +20,7 @@ __all__ = [
     "ExitLinear",
     "ExpertLinear",
     "FFNLink",
+    "InPlaceMoE",
     "KnownBody",
     "MoE",
     "RoutedRows",

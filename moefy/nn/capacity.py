@@ -113,7 +113,9 @@ def seat(
     index_TK = choice.index
     seats = expert_capacity(index_TK, num_experts, top_k, capacity, factor)
     valid_TK = (index_TK >= 0) & (index_TK < num_experts)
-    keep_TK = valid_TK & (slot_ranks(choice, capacity, num_experts, training=training) < seats)
+    keep_TK = valid_TK
+    if factor != 0:  # with the need as the capacity everybody is seated
+        keep_TK = valid_TK & (slot_ranks(choice, capacity, num_experts, training=training) < seats)
     weights_TK = kept_weights(choice.weights, keep_TK, capacity.renormalize)
     stranded_T = valid_TK.any(1) & ~keep_TK.any(1) if capacity.residual else None
     return Seats(index_TK.masked_fill(~keep_TK, num_experts), weights_TK, seats, stranded_T)

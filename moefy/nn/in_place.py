@@ -1,9 +1,9 @@
 """``InPlaceMoE``: an ``MoE`` in the place of a user's FFN module, under the names of its parameters.
 
 Contract: it takes the one input that the FFN took, by position or by its name, in the FFN's layout, and answers as the
-FFN did. Make it with ``MoE.from_parts``; the caller mounts the parameters and the children of the body.
+FFN did. The caller mounts the parameters and the children of the body.
 
-    mlp = MoE.from_parts(
+    mlp = InPlaceMoE(
         entries=[WeightRef("fc1.weight", "fc1.bias")], exit=WeightRef("fc2.weight", "fc2.bias"),
         body=Body.of("gelu"), router=Router(512, 8, 2), num_experts=8,
     )
@@ -28,7 +28,22 @@ from moefy.nn.stacked_ffn import WeightRef, run_stacked
 
 
 class InPlaceMoE(MoE):
-    """See ``MoE.from_parts``."""
+    """An ``MoE`` out of parts that exist.
+
+    Args:
+        entries: the entry linears, in the order of the body's inputs.
+        exit: the exit linear.
+        body: what lies between.
+        router: becomes ``self.router``.
+        num_experts: E.
+        feature_dim: the feature axis of the input: -1, or -3 for 1x1 ``nn.Conv2d``.
+        returns: "tuple" answers ``(y, None)``, as Megatron's MLP does (its second value is a bias to be added).
+        input_name: the forward's parameter, for callers that pass it by keyword.
+        tail: what the module did to the exit's output (dropout), on tokens.
+
+    Raises:
+        ConfigError: when the body does not take as many inputs as there are entries.
+    """
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ shape, T = 0 included. With equal experts it equals the dense FFN, when the weig
 
     MoE(512, 2048, num_experts=8)                              a layer: gate_proj, up_proj, down_proj, router
     MoE(512, num_experts=8, experts=lambda: MyExpert(512))     experts of one's own
-    MoE.from_parts(entries=[WeightRef("fc1.weight", "fc1.bias")], exit=..., body=..., router=...)
-                                                               in the place of a user's FFN, under its names
+
+In the place of a user's FFN it is an ``InPlaceMoE``.
 
 Shape letters: T tokens, D model width, H expert hidden width, E experts, K top-k.
 """
@@ -153,47 +153,6 @@ class MoE(nn.Module):
             self.router.aux_loss = AuxLoss.of(aux_loss)
         with seeded(seed, "shared_experts", device):
             self._make_shared(shared_experts, shared_hidden or d_hidden, shared_gate, ffn, like)
-
-    @classmethod
-    def from_parts(
-        cls,
-        *,
-        entries: Sequence[WeightRef],
-        exit: WeightRef,
-        body: Body,
-        router: Router,
-        num_experts: int,
-        feature_dim: int = -1,
-        returns: Literal["tensor", "tuple"] = "tensor",
-        input_name: str = "x",
-        tail: Body | None = None,
-    ) -> MoE:
-        """An MoE in the place of a user's FFN module. The caller mounts the parameters and the children of the body.
-
-        Args:
-            entries: the entry linears, in the order of the body's inputs.
-            exit: the exit linear.
-            body: what lies between.
-            router: becomes ``self.router``.
-            num_experts: E.
-            feature_dim: the feature axis of the input: -1, or -3 for 1x1 ``nn.Conv2d``.
-            returns: "tuple" answers ``(y, None)``, as Megatron's MLP does (its second value is a bias to be added).
-            input_name: the forward's parameter, for callers that pass it by keyword.
-            tail: what the module did to the exit's output (dropout), on tokens.
-        """
-        from moefy.nn.in_place import InPlaceMoE
-
-        return InPlaceMoE(
-            entries=entries,
-            exit=exit,
-            body=body,
-            router=router,
-            num_experts=num_experts,
-            feature_dim=feature_dim,
-            returns=returns,
-            input_name=input_name,
-            tail=tail,
-        )
 
     def _make_experts(
         self,

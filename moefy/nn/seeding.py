@@ -1,4 +1,4 @@
-"""``seeded``: parameters drawn from a seed of their own, the global random state left as it was.
+"""Parameters drawn from a seed of their own, the global random state left as it was.
 
     >>> with seeded(3, "experts"):
     ...     layer = nn.Linear(4, 4)          # the same on every rank and in every run
@@ -17,6 +17,17 @@ from typing import Any
 import torch
 
 
+def seed_of(seed: int, name: str) -> int:
+    """A seed that depends on ``seed`` and ``name`` alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU with that seed."""
+    return torch.Generator(device="cpu").manual_seed(seed_of(seed, name))
+
+
 @contextlib.contextmanager
 def seeded(seed: int | None, name: str, device: Any = None) -> Iterator[None]:
     """Draw from generators seeded by ``seed`` and ``name``; from the global ones when ``seed`` is ``None``.
@@ -33,8 +44,7 @@ def seeded(seed: int | None, name: str, device: Any = None) -> Iterator[None]:
     if kind.type == "cuda":
         torch.cuda.init()
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    value = int.from_bytes(digest[:8], "big") >> 1
+    value = seed_of(seed, name)
     with torch.random.fork_rng(cuda):
         for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
             generator.manual_seed(value)

@@ -11,11 +11,12 @@ dense one). ``add_noise`` breaks the symmetry between them afterwards.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from moefy.nn.seeding import seeded_generator
 
 Stored = Literal["out_in", "in_out", "conv", "bias"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,8 +70,7 @@ def add_noise(stacked_EOI: Tensor, noise: float, seed: int, fqn: str) -> None:
     """
     if noise == 0 or stacked_EOI.shape[0] == 1 or stacked_EOI.is_meta:
         return
-    digest = hashlib.sha256(f"{seed}:{fqn}:noise".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = seeded_generator(seed, f"{fqn}:noise")
     with torch.no_grad():
         scale = noise * stacked_EOI[0].float().std(correction=0)
         for expert in stacked_EOI[1:].unbind(0):

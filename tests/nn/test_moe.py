@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 from moefy.errors import ConfigError, RoutingError, ShapeError
-from moefy.nn import Body, ExpertLinear, KnownBody, MoE, Router, WeightRef, functional
+from moefy.nn import Body, ExpertLinear, InPlaceMoE, KnownBody, MoE, Router, WeightRef, functional
 from moefy.nn.body import activate
 from moefy.nn.routers import router_init_
 from nn.blocks import assert_same, results
@@ -213,7 +213,7 @@ def star_graph() -> fx.Graph:
 
 def custom(known: KnownBody | None = None, **options: Any) -> MoE:
     """An MoE under the names of somebody's FFN, with a learnable activation."""
-    moe = MoE.from_parts(
+    moe = InPlaceMoE(
         entries=[WeightRef("fc1.weight", "fc1.bias")],
         exit=WeightRef("fc2.weight", "fc2.bias"),
         body=Body.from_graph(star_graph(), known),
@@ -225,7 +225,7 @@ def custom(known: KnownBody | None = None, **options: Any) -> MoE:
     return moe.eval()
 
 
-def test_from_parts_equals_the_loop() -> None:
+def test_in_place_equals_the_loop() -> None:
     moe, x = custom().double(), torch.randn(2, 5, D, dtype=torch.float64)
 
     def reference(x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def test_from_parts_equals_the_loop() -> None:
     assert "fc1.weight" in moe.state_dict() and "act.scale" in moe.state_dict()
 
 
-def test_from_parts_on_channels() -> None:
+def test_in_place_on_channels() -> None:
     flat, channels = custom(), custom(feature_dim=-3)
     channels.load_state_dict(flat.state_dict())
     x = torch.randn(2, D, 3, 4)
@@ -251,7 +251,7 @@ def test_from_parts_on_channels() -> None:
     assert channels(x).is_contiguous()
 
 
-def test_from_parts_answers_as_the_module_did() -> None:
+def test_in_place_answers_as_the_module_did() -> None:
     x = torch.randn(2, 5, D)
     moe = custom(returns="tuple", input_name="hidden_states")
     y, bias = moe(hidden_states=x)
@@ -261,7 +261,7 @@ def test_from_parts_answers_as_the_module_did() -> None:
     with pytest.raises(TypeError, match="hidden_states"):
         moe()
     with pytest.raises(ConfigError, match="entries"):
-        MoE.from_parts(
+        InPlaceMoE(
             entries=[], exit=WeightRef("w"), body=Body.of("gelu"), router=Router(D, E, K), num_experts=E
         )
 

@@ -245,6 +245,16 @@ def test_hot_experts_come_first_and_counters_are_zero(device):
     assert not made.experts[first : first + COUNTERS].any() and made.next_counter() == first + 1
 
 
+def test_a_backward_has_fewer_launches_than_counters():
+    from moefy.triton_ops.tiles import COUNTERS
+
+    for width in (1, 512, 2048, 12288, 65536, 100_000):
+        blocks_ = expert_ffn._column_blocks(1 << 28, torch.empty((0, width)))
+        assert 1 + 2 * len(blocks_) <= COUNTERS
+        ends = [end for _, end in blocks_]
+        assert [0, *ends[:-1]] == [first for first, _ in blocks_] and ends[-1] == width
+
+
 @pytest.mark.parametrize("glu", ["separate", "merged_gate_last"])
 def test_x_is_copied_in_blocks_of_columns(glu, device, guard_bands, monkeypatch):
     monkeypatch.setattr(expert_ffn, "MAX_COPY", 1)

@@ -15,7 +15,6 @@ experts by the scores (``choose``). A router of another kind overrides ``logits`
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +29,7 @@ from moefy.nn.capacity import DEFAULT_CAPACITY, Seats, seat
 from moefy.nn.checked import check_scores
 from moefy.nn.load import LoadCounter, in_backward
 from moefy.nn.routing import Choice, Routing
+from moefy.nn.seeding import seeded_generator
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -270,9 +270,3 @@ def router_init_(weight_ED: torch.Tensor, seed: int, fqn: str, std: float) -> to
     generator = seeded_generator(seed, fqn)
     draw = torch.randn(weight_ED.shape, generator=generator, dtype=torch.float32, device="cpu")
     return weight_ED.copy_(draw * std)
-
-
-def seeded_generator(seed: int, fqn: str) -> torch.Generator:
-    """A generator on the CPU that depends on ``seed`` and ``fqn`` alone."""
-    digest = hashlib.sha256(f"{seed}:{fqn}".encode()).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

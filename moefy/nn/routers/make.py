@@ -13,9 +13,8 @@ ranks agree and the global one is untouched.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -23,9 +22,10 @@ from torch import nn
 
 from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
 from moefy.errors import ConfigError, UnknownOption, suggest
-from moefy.nn.routers.base import Router, seeded_generator
+from moefy.nn.routers.base import Router
 from moefy.nn.routers.custom import CustomRouter
 from moefy.nn.routers.table import ROUTERS
+from moefy.nn.seeding import seeded
 
 RouterLike: TypeAlias = str | RouterSpec | nn.Module | Callable[..., nn.Module]
 # What the layer decides, not the user's options.
@@ -115,7 +115,7 @@ def _by_factory(factory: Any, sizes: dict[str, int], place: dict[str, Any]) -> n
     takes_all = any(p.kind is p.VAR_KEYWORD for p in names.values())
     taken = getattr(factory, "keywords", {})  # functools.partial's own
     given = {n: v for n, v in place.items() if (takes_all or n in names) and n not in taken}
-    with _seeded(place.get("seed", 0), place.get("fqn", "")):
+    with seeded(place.get("seed", 0), place.get("fqn", "")):
         by_name = takes_all or "d_model" in names
         args = () if by_name else tuple(sizes.values())
         named = {n: v for n, v in sizes.items() if by_name and (takes_all or n in names)}
@@ -124,17 +124,6 @@ def _by_factory(factory: Any, sizes: dict[str, int], place: dict[str, Any]) -> n
         raise ConfigError("router", got=type(made).__name__, expected="a factory that returns a module")
     unplaced = {n: place[n] for n in ("device", "dtype") if n not in given and place.get(n) is not None}
     return made.to(**unplaced) if unplaced else made
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, fqn: str) -> Iterator[None]:
-    """The CPU's random state by seed and name, and back."""
-    state = torch.get_rng_state()
-    torch.set_rng_state(seeded_generator(seed, fqn).get_state())
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def _parameters(cls: type[Router]) -> list[str]:

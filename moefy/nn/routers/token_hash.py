@@ -25,8 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError, DtypeError, RoutingError, ShapeError
 from moefy.nn import functional
-from moefy.nn.routers.base import Call, Router, seeded_generator
+from moefy.nn.routers.base import Call, Router
 from moefy.nn.routing import Choice
+from moefy.nn.seeding import seeded_generator
 
 By = Literal["position", "token"]
 
