@@ -1,6 +1,7 @@
 """The kernels behind ``expert_ffn`` and its backward, in plain torch: gather once, multiply expert by expert.
 
-T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; P = H, or 2H for a merged entry.
+T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; W = H, or 2H for a merged entry. What
+has P for its first letter lies by place, as ``moefy/ops/row_layout.py`` says; what has N, by row.
 
 Contract: as ``moefy/ops/expert_ffn.py``. The gradient of the routing weights needs no expert output again (as in
 SonicMoE, Guo et al. 2025): ``<grad, h @ W.T + b> = <grad @ W, h> + <grad, b>``, and ``grad @ W`` is needed anyway.
@@ -19,44 +20,12 @@ from torch import Tensor
 
 from moefy.ops import checks
 from moefy.ops.activations import ACTIVATIONS
-from moefy.ops.grouped_gemm import Bounds, outer_products, pieces, row_sums, rows_times
-from moefy.ops.permute import accumulation_dtype, weighted_sum
+from moefy.ops.expert_parts import Layer, Part, parts
+from moefy.ops.grouped_gemm import outer_products, row_sums, rows_dot, rows_times
+from moefy.ops.permute import accumulation_dtype, place_of_slot, sum_places
+from moefy.ops.row_layout import InRows, Layout
 
-CHUNK_BYTES = 8 << 20
-
-
-class Layer(NamedTuple):
-    """The arguments of ``expert_ffn`` in schema order."""
-
-    x_TD: Tensor
-    weights_TK: Tensor
-    order_N: Tensor
-    offsets_E: Tensor
-    w_gate: Tensor | None
-    b_gate: Tensor | None
-    w_up: Tensor
-    b_up: Tensor | None
-    w_down: Tensor
-    b_down: Tensor | None
-    activation: str
-    glu: str
-
-    @property
-    def saves_acted(self) -> bool:
-        """Whether the first of the two tensors saved for the backward is the activations, not a gate's pre-activations.
-
-        To compute them again costs a CPU: on 2 cores tanh-gelu took as long as one of the six products, where these
-        are narrow (D=48, H=192). Autograd would save them as well, and the exit's input besides.
-        """
-        return self.w_gate is None and self.x_TD.device.type == "cpu"
-
-    def token_N(self, op: str) -> Tensor:
-        """The token of each row."""
-        return checks.slots(op, self.order_N) // self.weights_TK.shape[1]
-
-    def bounds(self, op: str) -> Bounds:
-        """First and end row of each expert."""
-        return checks.bounds(op, self.offsets_E, self.order_N.shape[0])
+BY_PLACE = frozenset(("x", "weights"))  # gradients that the kernels sum over the slots of a token
 
 
 class Wanted(NamedTuple):
@@ -72,245 +41,277 @@ class Wanted(NamedTuple):
     b_down: bool
 
 
-def halves(merged_NP: Tensor, glu: str) -> tuple[Tensor, Tensor]:
+def halves(merged_PW: Tensor, glu: str) -> tuple[Tensor, Tensor]:
     """``(gate, up)``, views of a merged entry's output."""
-    first_NH, last_NH = merged_NP.chunk(2, dim=1)
-    return (first_NH, last_NH) if glu == "merged_gate_first" else (last_NH, first_NH)
+    first_PH, last_PH = merged_PW.chunk(2, dim=1)
+    return (first_PH, last_PH) if glu == "merged_gate_first" else (last_PH, first_PH)
 
 
-class Chunk(NamedTuple):
-    """Consecutive experts, their rows, and ``bounds`` within these; the last one also has the rows of no expert."""
-
-    experts: slice
-    rows: slice
-    bounds: Bounds
-
-    def of(self, layer: Layer) -> Layer:
-        """The layer with these experts alone."""
-        parts = (None if w is None else w[self.experts] for w in layer[4:10])
-        return Layer._make((*layer[:4], *parts, *layer[10:]))
+def _at(whole: Tensor | None, where: slice) -> Tensor | None:
+    return None if whole is None else whole[where]
 
 
-def chunks(layer: Layer, bounds: Bounds) -> list[Chunk]:
-    """The experts as one chunk, or on a CPU as several when the intermediates would take fresh memory in every step.
-
-    Blocks of 32 MiB and more come from the kernel page by page: with 32768 rows of 512 features a third of the time of
-    a step went there. Smaller ones are used again, and stay in the cache.
-    """
-    rows = layer.order_N.shape[0]
-    row_bytes = max(layer.w_up.shape[1], layer.x_TD.shape[1]) * max(layer.x_TD.itemsize, 4)
-    if layer.x_TD.device.type != "cpu" or rows * row_bytes <= 2 * CHUNK_BYTES:
-        return [Chunk(slice(None), slice(None), bounds)]
-    starts = [0]
-    for e, (_, end) in enumerate(bounds):
-        if e > starts[-1] and (end - bounds[starts[-1]][0]) * row_bytes > CHUNK_BYTES:
-            starts.append(e)
-    found = []
-    for e, stop in zip(starts, [*starts[1:], len(bounds)], strict=True):
-        first, last = bounds[e][0], rows if stop == len(bounds) else bounds[stop][0]
-        within = [(a - first, b - first) for a, b in bounds[e:stop]]
-        found.append(Chunk(slice(e, stop), slice(first, last), within))
-    return found
-
-
-def put(whole: Tensor | None, part: Tensor, at: slice, size: int) -> Tensor:
-    """``part`` itself when it is all there is, else ``whole``, made when it is None, with ``part`` in its place."""
-    if at == slice(None):
-        return part
-    if whole is None:
-        whole = part.new_empty((size, *part.shape[1:]))
-    whole[at] = part
-    return whole
+def _places(plan: list[Part], order_N: Tensor, top_k: int) -> Tensor:
+    """The place of each slot: [T, K]."""
+    place = [part.layout.place_N(order_N.device) for part in plan]
+    if len(plan) > 1:
+        place = [torch.cat([p + part.places.start for p, part in zip(place, plan, strict=True)])]
+    return place_of_slot(order_N, place[0], top_k)
 
 
 def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, activations or a separate gate's pre-activations, the other entry's)``; what is not saved is empty."""
     *layer_args, save, _ = args
     layer = Layer._make(layer_args)
-    bounds, token_N = layer.bounds("expert_ffn"), layer.token_N("expert_ffn")
-    y_ND = first_rows = up_rows = None
-    for chunk in chunks(layer, bounds):
-        y, first, up = _forward(chunk.of(layer), token_N[chunk.rows], chunk.bounds, save)
-        y_ND = put(y_ND, y, chunk.rows, len(token_N))
-        first_rows = first if first is None else put(first_rows, first, chunk.rows, len(token_N))
-        up_rows = up if up is None else put(up_rows, up, chunk.rows, len(token_N))
-        del y, first, up
-    assert y_ND is not None
-    out_TD = weighted_sum(y_ND, layer.weights_TK, layer.order_N, layer.weights_TK.shape[1])
-    first_rows, up_rows = (out_TD.new_empty(0) if saved is None else saved for saved in (first_rows, up_rows))
-    return out_TD, first_rows, up_rows
+    checks.slots("expert_ffn", layer.order_N)
+    plan = parts(layer, layer.bounds("expert_ffn"), products=1, saved=save * layer.saved_features)
+    whole = Forward(None, None, None)
+    if len(plan) > 1:
+        new, rows, (width, size_h) = layer.x_TD.new_empty, len(layer.order_N), layer.w_down.shape[1:]
+        whole = Forward(
+            y_PD=new(plan[-1].places.stop, width),
+            first=new(rows, size_h) if save and layer.saves_first else None,
+            up=new(rows, layer.w_up.shape[1]) if save else None,
+        )
+    for part in plan:
+        room = Forward(_at(whole.y_PD, part.places), _at(whole.first, part.rows), _at(whole.up, part.rows))
+        done = _forward(part.of(layer), part.layout, save, room)
+        whole = done if len(plan) == 1 else whole
+        del done
+    assert whole.y_PD is not None
+    place_TK = _places(plan, layer.order_N, layer.weights_TK.shape[1])
+    out_TD = sum_places(whole.y_PD, layer.weights_TK, place_TK)
+    first, up = (out_TD.new_empty(0) if saved is None else saved for saved in whole[1:])
+    return out_TD, first, up
 
 
-def _forward(
-    layer: Layer, token_N: Tensor, bounds: Bounds, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The experts' outputs by row, and what ``ffn_kernel`` saves."""
-    rows_ND = layer.x_TD.index_select(0, token_N)
-    gate_rows, up_rows = _entry(layer, rows_ND, bounds)
-    del rows_ND
-    first_rows = None
+class Forward(NamedTuple):
+    """The experts' outputs by place and what is saved for the backward, by row; or where these go."""
+
+    y_PD: Tensor | None
+    first: Tensor | None
+    up: Tensor | None
+
+
+def _forward(layer: Layer, layout: Layout, save: bool, room: Forward) -> Forward:
+    """Written to ``room`` where there is any."""
+    x_PD = layer.x_TD.index_select(0, layout.spread(layer.order_N) // layer.weights_TK.shape[1])
+    to_first = None if layer.saves_acted else room.first
+    gate, up = _entry(layer, x_PD, layout, to_first, room.up)
+    del x_PD
+    first = None
     if save and layer.saves_acted:
-        first_rows, hidden_NH = _acted(layer, gate_rows, up_rows)
+        acted_PH, hidden_PH = _acted(layer, gate, up)
+        first = layout.collect(acted_PH, room.first)
+        del acted_PH
     else:
-        hidden_NH = _body(layer, gate_rows, up_rows)
-        if save:
-            first_rows = gate_rows
-    saved_up = up_rows if save else None
-    del gate_rows, up_rows
-    return rows_times(hidden_NH, layer.w_down, layer.b_down, bounds), first_rows, saved_up
+        hidden_PH = _body(layer, gate, up)
+        if save and gate is not None:
+            first = layout.collect(gate, room.first)
+    saved_up = layout.collect(up, room.up) if save else None
+    del gate, up
+    return Forward(
+        rows_times(hidden_PH, layer.w_down, layer.b_down, layout, out_PO=room.y_PD), first, saved_up
+    )
 
 
-def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); unasked ones are empty."""
+def ffn_backward_kernel(grad_TD: Tensor, *args: Any, in_place: bool = False) -> tuple[Tensor, ...]:
+    """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); unasked ones are empty.
+
+    With ``in_place`` what was saved may be overwritten.
+    """
     *tensors, first_rows, up_rows, activation, glu, mask = args
     layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
-    bounds, token_N = layer.bounds("expert_ffn_backward"), layer.token_N("expert_ffn_backward")
-    weight_N = layer.weights_TK.reshape(-1).index_select(0, layer.order_N)
-    result: dict[str, Tensor | None] = dict.fromkeys(Wanted._fields)
-    for chunk in chunks(layer, bounds):
-        first, up = (saved[chunk.rows] if saved.dim() == 2 else None for saved in (first_rows, up_rows))
-        grad_ND = grad_TD.index_select(0, token_N[chunk.rows])
-        parts = _backward(
-            chunk.of(layer), want, token_N[chunk.rows], weight_N[chunk.rows], grad_ND, first, up, chunk.bounds
-        )
-        for name, part in parts.items():
-            by_row = name in ("x", "weights")
-            at, size = (chunk.rows, len(token_N)) if by_row else (chunk.experts, len(bounds))
-            result[name] = put(result[name], part, at, size)
-        del grad_ND, parts
-    if result["x"] is not None:
-        result["x"] = weighted_sum(result["x"], None, layer.order_N, layer.weights_TK.shape[1])
-    if result["weights"] is not None:
-        dw_N = result["weights"]
-        result["weights"] = (
-            torch.zeros_like(dw_N).scatter_(0, layer.order_N, dw_N).view(layer.weights_TK.shape)
-        )
-    return tuple(grad_TD.new_empty(0) if g is None else g for g in result.values())
+    checks.slots("expert_ffn_backward", layer.order_N)
+    saved = layer.saved_features if up_rows.dim() == 2 else 0
+    plan = parts(layer, layer.bounds("expert_ffn_backward"), products=2, saved=saved)
+    whole: dict[str, Tensor] = {}
+    if len(plan) > 1:
+        whole = _gradients(layer, want, plan[-1].places.stop)
+    for part in plan:
+        first, up = (saved[part.rows] if saved.dim() == 2 else None for saved in (first_rows, up_rows))
+        room = {n: g[part.places if n in BY_PLACE else part.experts] for n, g in whole.items()}
+        done = _backward(part.of(layer), want, part.layout, grad_TD, first, up, room, in_place)
+        whole = done if len(plan) == 1 else whole
+        del done
+    place_TK = _places(plan, layer.order_N, layer.weights_TK.shape[1])
+    if want.x:
+        whole["x"] = sum_places(whole["x"], None, place_TK)
+    if want.weights:
+        whole["weights"] = whole["weights"].index_select(0, place_TK.view(-1)).view(place_TK.shape)
+    return tuple(
+        whole[n] if wanted else grad_TD.new_empty(0) for n, wanted in zip(want._fields, want, strict=True)
+    )
+
+
+def _gradients(layer: Layer, want: Wanted, places: int) -> dict[str, Tensor]:
+    """Room for the wanted ones; x's and the routing weights' by place."""
+    like = {
+        "x": layer.x_TD.new_empty(places, layer.x_TD.shape[1]),
+        "weights": layer.weights_TK.new_empty(places),
+        **dict(zip(want._fields[2:], layer[4:10], strict=True)),
+    }
+    return {
+        name: value if name in BY_PLACE else value.new_empty(value.shape)
+        for (name, value), wanted in zip(like.items(), want, strict=True)
+        if wanted and value is not None
+    }
 
 
 def _backward(
     layer: Layer,
     want: Wanted,
-    token_N: Tensor,
-    weight_N: Tensor,
-    grad_ND: Tensor,
+    layout: Layout,
+    grad_TD: Tensor,
     first_rows: Tensor | None,
     up_rows: Tensor | None,
-    bounds: Bounds,
+    room: dict[str, Tensor],
+    in_place: bool,
 ) -> dict[str, Tensor]:
-    """The wanted gradients; x's and the routing weights' by row. ``grad`` is overwritten."""
-    rows_ND, weight_N1 = layer.x_TD.index_select(0, token_N), weight_N.unsqueeze(1)
-    gate_rows, acted_NH = (None, first_rows) if layer.saves_acted else (first_rows, None)
+    """The wanted gradients, x's and the routing weights' by place; written to ``room`` where there is any."""
+    slot_P, top_k = layout.spread(layer.order_N), layer.weights_TK.shape[1]
+    token_P = slot_P // top_k
+    weight_P1 = layer.weights_TK.reshape(-1).index_select(0, slot_P).unsqueeze(1)
+    x_PD = layout.cleared(layer.x_TD.index_select(0, token_P))
+    grad_PD = layout.cleared(grad_TD.index_select(0, token_P))
+    first = None if first_rows is None else layout.spread(first_rows, zero=True)
+    gate, acted_PH = (None, first) if layer.saves_acted else (first, None)
     if up_rows is None:  # not saved
-        gate_rows, up_rows = _entry(layer, rows_ND, bounds)
-    dhidden_NH = rows_times(grad_ND, layer.w_down.transpose(1, 2), None, bounds)
-    acted_NH, hidden_NH = _acted(layer, gate_rows, up_rows, acted_NH)
+        gate, up = (None if t is None else layout.cleared(t) for t in _entry(layer, x_PD, layout))
+        assert up is not None
+    else:
+        up = layout.spread(up_rows, zero=True)
+    dhidden_PH = layout.cleared(rows_times(grad_PD, layer.w_down.transpose(1, 2), None, layout))
+    mine = in_place or up_rows is None or not isinstance(layout, InRows)
+    acted_PH, hidden_PH = _acted(layer, gate, up, acted_PH)
     result: dict[str, Tensor] = {}
-    if want.weights:
-        result["weights"] = _weights_grad(layer, grad_ND, dhidden_NH, hidden_NH, bounds)
-    grad_ND.mul_(weight_N1)  # in the wider of the two dtypes, rounded once
+    on_bias_P = None
+    if want.weights and layer.b_down is not None:
+        on_bias_P = rows_dot(grad_PD, layer.b_down, layout, accumulation_dtype(grad_PD, layer.weights_TK))
+    grad_PD.mul_(weight_P1)  # in the wider of the two dtypes, rounded once
     if want.w_down:
-        result["w_down"] = outer_products(grad_ND, hidden_NH, bounds)
+        result["w_down"] = outer_products(grad_PD, hidden_PH, layout, out_EOI=room.get("w_down"))
     if want.b_down:
-        result["b_down"] = row_sums(grad_ND, bounds)
-    del hidden_NH
+        result["b_down"] = row_sums(grad_PD, layout, out_EO=room.get("b_down"))
+    del grad_PD
+    if want.weights:
+        dw_P = _weights_grad(layer, dhidden_PH, hidden_PH, mine or acted_PH is not hidden_PH)
+        dw_P = (dw_P if on_bias_P is None else dw_P.add_(on_bias_P)).to(layer.weights_TK.dtype)
+        result["weights"] = room["weights"].copy_(dw_P) if room else dw_P
     if any((want.x, want.w_gate, want.b_gate, want.w_up, want.b_up)):
-        dgate, dup = _body_backward(layer, gate_rows, up_rows, acted_NH, dhidden_NH.mul_(weight_N1))
-        result |= _entry_backward(layer, want, rows_ND, dgate, dup, bounds)
+        dhidden_PH.mul_(weight_P1)
+        dgate, dup = _body_backward(layer, gate, up, acted_PH, dhidden_PH, hidden_PH, mine)
+        result |= _entry_backward(layer, want, layout, x_PD, dgate, dup, room)
     return result
 
 
-def _entry(layer: Layer, rows_ND: Tensor, bounds: Bounds) -> tuple[Tensor | None, Tensor]:
-    """Pre-activations: of the gate if it is separate, and of the other (or merged) entry."""
+def _entry(
+    layer: Layer,
+    x_PD: Tensor,
+    layout: Layout,
+    to_gate: Tensor | None = None,
+    to_up: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """Pre-activations: of the gate if it is separate, and of the other (or merged) entry.
+
+    Written to ``to_gate`` and ``to_up``, which are by row, where there is such room and the layout is by row.
+    """
+    if not isinstance(layout, InRows):
+        to_gate = to_up = None
     gate = None
     if layer.w_gate is not None:
-        gate = rows_times(rows_ND, layer.w_gate, layer.b_gate, bounds)
-    return gate, rows_times(rows_ND, layer.w_up, layer.b_up, bounds)
+        gate = rows_times(x_PD, layer.w_gate, layer.b_gate, layout, out_PO=to_gate)
+    return gate, rows_times(x_PD, layer.w_up, layer.b_up, layout, out_PO=to_up)
 
 
-def _gate_and_up(layer: Layer, gate_rows: Tensor | None, up_rows: Tensor) -> tuple[Tensor | None, Tensor]:
+def _gate_and_up(layer: Layer, gate: Tensor | None, up: Tensor) -> tuple[Tensor | None, Tensor]:
     """``(gate or None, up)``, whatever the GLU form."""
-    return halves(up_rows, layer.glu) if layer.glu.startswith("merged") else (gate_rows, up_rows)
+    return halves(up, layer.glu) if layer.glu.startswith("merged") else (gate, up)
 
 
-def _body(layer: Layer, gate_rows: Tensor | None, up_rows: Tensor) -> Tensor:
+def _body(layer: Layer, gate: Tensor | None, up: Tensor) -> Tensor:
     """From pre-activations to the exit's input."""
     act = ACTIVATIONS[layer.activation].forward
-    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    if gate_NH is None:
-        return act(up_NH)
-    acted_NH = act(gate_NH)
-    return acted_NH * up_NH if acted_NH is gate_NH else acted_NH.mul_(up_NH)
+    gate_PH, up_PH = _gate_and_up(layer, gate, up)
+    if gate_PH is None:
+        return act(up_PH)
+    acted_PH = act(gate_PH)
+    return acted_PH * up_PH if acted_PH is gate_PH else acted_PH.mul_(up_PH)
 
 
 def _acted(
-    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor, acted_NH: Tensor | None = None
+    layer: Layer, gate: Tensor | None, up: Tensor, acted_PH: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(activations, the exit's input)``, one tensor where there is no gate, and no alias of the pre-activations."""
-    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    before_NH = up_NH if gate_NH is None else gate_NH
-    if acted_NH is None:
-        acted_NH = ACTIVATIONS[layer.activation].forward(before_NH)
-    if acted_NH is before_NH:
-        acted_NH = before_NH.clone()
-    return acted_NH, acted_NH if gate_NH is None else acted_NH * up_NH
+    gate_PH, up_PH = _gate_and_up(layer, gate, up)
+    before_PH = up_PH if gate_PH is None else gate_PH
+    if acted_PH is None:
+        acted_PH = ACTIVATIONS[layer.activation].forward(before_PH)
+    if acted_PH is before_PH:
+        acted_PH = before_PH.clone()
+    return acted_PH, acted_PH if gate_PH is None else acted_PH * up_PH
 
 
 def _body_backward(
-    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor, acted_NH: Tensor, dhidden_NH: Tensor
+    layer: Layer,
+    gate: Tensor | None,
+    up: Tensor,
+    acted_PH: Tensor,
+    dhidden_PH: Tensor,
+    hidden_PH: Tensor,
+    mine: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the pre-activations, in the form in which ``_entry`` gives them; ``dhidden`` is overwritten."""
+    """Gradients of the pre-activations, in the form in which ``_entry`` gives them.
+
+    ``dhidden`` is overwritten, behind a gate ``hidden`` as well, and if they are ``mine`` the pre-activations.
+    """
     backward = ACTIVATIONS[layer.activation].backward
-    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    if gate_NH is None:
-        backward(dhidden_NH, up_NH, dhidden_NH)
-        return None, dhidden_NH
+    gate_PH, up_PH = _gate_and_up(layer, gate, up)
+    if gate_PH is None:
+        backward(dhidden_PH, up_PH, dhidden_PH)
+        return None, dhidden_PH
+    torch.mul(dhidden_PH, up_PH, out=hidden_PH)
     if layer.glu == "separate":
-        dup_NH = dhidden_NH * acted_NH
-        backward(dhidden_NH.mul_(up_NH), gate_NH, dhidden_NH)
-        return dhidden_NH, dup_NH
-    merged_NP = up_rows.new_empty(up_rows.shape)
-    dgate_NH, dup_NH = halves(merged_NP, layer.glu)
-    torch.mul(dhidden_NH, acted_NH, out=dup_NH)
-    backward(dhidden_NH.mul_(up_NH), gate_NH, dgate_NH)
-    return None, merged_NP
+        backward(hidden_PH, gate_PH, hidden_PH)
+        return hidden_PH, dhidden_PH.mul_(acted_PH)
+    merged_PW = up if mine else up.new_empty(up.shape)
+    dgate_PH, dup_PH = halves(merged_PW, layer.glu)
+    torch.mul(dhidden_PH, acted_PH, out=dup_PH)
+    backward(hidden_PH, gate_PH, dgate_PH)
+    return None, merged_PW
 
 
 def _entry_backward(
     layer: Layer,
     want: Wanted,
-    rows_ND: Tensor,
-    dgate_NH: Tensor | None,
-    dup_NP: Tensor,
-    bounds: Bounds,
+    layout: Layout,
+    x_PD: Tensor,
+    dgate: Tensor | None,
+    dup: Tensor,
+    room: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Gradients of x by row and of the entries' weights and biases, as far as they are wanted."""
+    """Gradients of x by place and of the entries' weights and biases, as far as they are wanted."""
     result: dict[str, Tensor] = {}
-    for name, drows in (("gate", dgate_NH), ("up", dup_NP)):
-        if drows is not None and getattr(want, f"w_{name}"):
-            result[f"w_{name}"] = outer_products(drows, rows_ND, bounds)
-        if drows is not None and getattr(want, f"b_{name}"):
-            result[f"b_{name}"] = row_sums(drows, bounds)
+    for name, drows in (("gate", dgate), ("up", dup)):
+        if drows is not None and getattr(want, w := f"w_{name}"):
+            result[w] = outer_products(drows, x_PD, layout, out_EOI=room.get(w))
+        if drows is not None and getattr(want, b := f"b_{name}"):
+            result[b] = row_sums(drows, layout, out_EO=room.get(b))
     if want.x:
-        dx_ND = rows_times(dup_NP, layer.w_up.transpose(1, 2), None, bounds)
-        if dgate_NH is not None and layer.w_gate is not None:
-            rows_times(dgate_NH, layer.w_gate.transpose(1, 2), None, bounds, onto_NO=dx_ND)
-        result["x"] = dx_ND
+        dx_PD = rows_times(dup, layer.w_up.transpose(1, 2), None, layout, out_PO=room.get("x"))
+        if dgate is not None and layer.w_gate is not None:
+            rows_times(dgate, layer.w_gate.transpose(1, 2), None, layout, onto_PO=dx_PD)
+        result["x"] = dx_PD
     return result
 
 
-def _weights_grad(
-    layer: Layer, grad_ND: Tensor, dhidden_NH: Tensor, hidden_NH: Tensor, bounds: Bounds
-) -> Tensor:
-    """``<grad @ W_down, hidden> + <grad, b_down>`` per row; ``dhidden`` is still without routing weights."""
-    dtype = accumulation_dtype(grad_ND, layer.weights_TK)
-    if dhidden_NH.dtype is torch.bfloat16 and dtype is torch.float32:
-        # products rounded like dhidden itself, added in fp32; two casts to fp32 took twice the time
-        dw_N = (dhidden_NH * hidden_NH).sum(1, dtype=dtype)
-    else:
-        dw_N = torch.linalg.vecdot(dhidden_NH.to(dtype), hidden_NH.to(dtype))
-    if layer.b_down is not None:
-        parts = zip(pieces(dw_N, bounds), pieces(grad_ND, bounds), layer.b_down.unbind(0), strict=True)
-        for dw_M, grad_MD, bias_D in parts:
-            torch.addmv(dw_M, grad_MD.to(dtype), bias_D.to(dtype), out=dw_M)
-    return dw_N.to(layer.weights_TK.dtype)
+def _weights_grad(layer: Layer, dhidden_PH: Tensor, hidden_PH: Tensor, mine: bool) -> Tensor:
+    """``<grad @ W_down, hidden>`` by place; ``dhidden`` is without routing weights, ``hidden`` overwritten if ``mine``.
+
+    In bf16 the products are rounded like ``dhidden`` itself and added in fp32; two casts to fp32 took twice the time.
+    """
+    dtype = accumulation_dtype(dhidden_PH, layer.weights_TK)
+    if dtype is torch.float32 and dhidden_PH.dtype is not torch.float16:
+        product_PH = hidden_PH.mul_(dhidden_PH) if mine else hidden_PH * dhidden_PH
+        return product_PH.sum(1, dtype=dtype)
+    return torch.linalg.vecdot(dhidden_PH.to(dtype), hidden_PH.to(dtype))

@@ -1,124 +1,36 @@
 """Matrix products per expert, in plain torch, over rows that are sorted by expert: what the kernels are made of.
 
-N rows, I and O features, E experts; ``bounds[e] = (first, end)`` row of expert e; C rows of the busiest expert.
+N rows, P places, I and O features, E experts, C places of an expert in a batch.
 
-Contract: rows that belong to no expert come out as exact zeros, an expert without rows gets an exact zero gradient.
-Nothing here is differentiable; the ops above give the formulas. Large experts are multiplied one by one, many small
-ones in one batch, where each has C rows: a product alone costs a CPU about 3 microseconds, in bf16 about 20.
+Contract: operands and results lie by place, as a ``Layout`` of ``moefy/ops/row_layout.py`` says. Rows that belong to no
+expert come out as exact zeros, an expert without rows gets an exact zero gradient; for sums over rows the operands have
+zeros at places without a row. Nothing here is differentiable; the ops above give the formulas.
 
     >>> x_NI, weight_EOI = torch.ones(3, 2), torch.ones(1, 4, 2)
-    >>> rows_times(x_NI, weight_EOI, None, [(0, 2)])[:, 0]
+    >>> rows_times(x_NI, weight_EOI, None, InRows(bounds=[(0, 2)], rows=3))[:, 0]
     tensor([2., 2., 0.])
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Bounds = Sequence[tuple[int, int]]
-
-# In multiply-adds: a call of ``mm``, in fp32 and in bf16, and to copy an element. By measurements on 2 cores of an AMD
-# EPYC (Zen 4), 8 to 256 experts of 2 to 256 rows, 48 to 1024 features: where the batch is slower than products one by
-# one it is so by less than a tenth.
-CALL, CALL_HALF, COPY = 150_000, 1_600_000, 16
-FEW_ROWS = 16
-
-
-@cache
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 instructions (AMX or AVX512-BF16)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _through_fp32(operand: Tensor) -> bool:
-    """Whether a product of two such operands is faster with both widened to fp32 first.
-
-    Measured on 4096 x 768 x 3072, 8 experts, 2 cores. AMD EPYC without AVX-512: bf16 1287 ms native, 736 ms widened;
-    fp16 2327 against 600 ms. Xeon with AMX: bf16 74 ms native, 268 ms in fp32; fp16 about 300 ms either way.
-    """
-    if operand.device.type != "cpu":
-        return False
-    if operand.dtype is torch.bfloat16:
-        return not _cpu_multiplies_bf16()
-    return operand.dtype is torch.float16
+from moefy.ops.row_layout import Batch, Bounds, Layout, through_fp32
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out = a @ b (+ bias)``, where bias may be ``out`` itself; half types accumulate in fp32 and round once."""
-    if _through_fp32(a):
+    if through_fp32(a):
         a, b = a.float(), b.float()
         out.copy_(a @ b if bias is None else torch.addmm(bias.float(), a, b))
     elif bias is None:
         torch.mm(a, b, out=out)
     else:
         torch.addmm(bias, a, b, out=out)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rows sorted by expert as ``[E, C, features]`` and back.
-
-    Args:
-        rows: N.
-        padded_EC: the row that each place holds; behind an expert's last row any row.
-        place_R: the place, ``e * C + c``, of each row that belongs to an expert.
-    """
-
-    rows: int
-    padded_EC: Tensor
-    place_R: Tensor
-
-    @classmethod
-    def of(cls, x_NI: Tensor, matrix: Sequence[int], bounds: Bounds) -> Batch | None:
-        """The batch for products of ``matrix`` ``(E, I, O)``, or None where products one by one are faster."""
-        sizes = [end - first for first, end in bounds]
-        if x_NI.device.type != "cpu" or _through_fp32(x_NI) or not _batch_pays(x_NI, matrix, sizes):
-            return None
-        return _batch(x_NI.shape[0], tuple(bounds))
-
-    def pad(self, x_NI: Tensor, *, zero: bool = False) -> Tensor:
-        """``[N, I]`` to ``[E, C, I]``; places without a row are 0 if ``zero`` says so, else anything."""
-        experts, most = self.padded_EC.shape
-        if not zero:
-            return x_NI.index_select(0, self.padded_EC.view(-1)).view(experts, most, -1)
-        padded = x_NI.new_zeros(experts * most, x_NI.shape[1])
-        return padded.index_copy_(0, self.place_R, x_NI[: len(self.place_R)]).view(experts, most, -1)
-
-    def unpad(self, y_ECO: Tensor) -> Tensor:
-        """``[E, C, O]`` to ``[N, O]``, zero where a row belongs to no expert."""
-        routed = len(self.place_R)
-        out_NO = y_ECO.new_empty((self.rows, y_ECO.shape[2]))
-        torch.index_select(y_ECO.view(-1, y_ECO.shape[2]), 0, self.place_R, out=out_NO[:routed])
-        return _tail_cleared(out_NO, routed)
-
-
-@lru_cache(maxsize=4)
-def _batch(rows: int, bounds: tuple[tuple[int, int], ...]) -> Batch:
-    """Kept for the other products of the same layer: to lay out 64 experts took as long as to multiply 2 rows each."""
-    ends_E2 = torch.tensor(bounds)
-    most = max(end - first for first, end in bounds)
-    padded_EC = ends_E2[:, :1] + torch.arange(most)
-    place_R = (padded_EC < ends_E2[:, 1:]).view(-1).nonzero().view(-1)
-    return Batch(rows=rows, padded_EC=padded_EC.clamp_(max=rows - 1), place_R=place_R)
-
-
-def _batch_pays(x_NI: Tensor, matrix: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether the calls saved cost more than the copies and the padding, all counted in multiply-adds."""
-    experts, size_i, size_o = matrix
-    hit, most, routed = sum(map(bool, sizes)), max(sizes, default=0), sum(sizes)
-    copied = experts * most * size_i + routed * size_o
-    if most <= FEW_ROWS:  # bound by reading weights, whatever the number of rows
-        copied, wasted = copied + (experts - hit) * size_i * size_o, 0
-    else:
-        wasted = (experts * most - routed) * size_i * size_o
-    call = CALL_HALF if x_NI.dtype.itemsize < 4 else CALL
-    return hit > 1 and wasted + COPY * copied <= hit * call
 
 
 def _grouped_mm_takes(x_NI: Tensor, other: Tensor) -> bool:
@@ -129,7 +41,7 @@ def _grouped_mm_takes(x_NI: Tensor, other: Tensor) -> bool:
     return (
         x_NI.device.type == "cpu"
         and x_NI.dtype is not torch.float64
-        and not _through_fp32(x_NI)
+        and not through_fp32(x_NI)
         and _whole_rows(x_NI)
         and (_whole_rows(other) or (other.dim() == 3 and _whole_rows(other.mT)))
     )
@@ -140,11 +52,7 @@ def _whole_rows(matrix: Tensor) -> bool:
     return matrix.stride()[-2:] == (width, 1) and width * matrix.itemsize % 16 == 0
 
 
-def _ends(bounds: Bounds) -> Tensor:
-    return torch.tensor([end for _, end in bounds], dtype=torch.int32)
-
-
-def pieces(rows: Tensor, bounds: Bounds, dim: int = 0) -> Sequence[Tensor]:
+def _pieces(rows: Tensor, bounds: Bounds, dim: int = 0) -> Sequence[Tensor]:
     """Each expert's part of ``rows`` along ``dim``, as views.
 
     One split, not a slice for every expert: that took 1.5 microseconds each, as long as a product of 16 rows.
@@ -154,56 +62,83 @@ def pieces(rows: Tensor, bounds: Bounds, dim: int = 0) -> Sequence[Tensor]:
 
 
 def rows_times(
-    x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, bounds: Bounds, onto_NO: Tensor | None = None
+    x_PI: Tensor,
+    weight_EOI: Tensor,
+    bias_EO: Tensor | None,
+    layout: Layout,
+    *,
+    out_PO: Tensor | None = None,
+    onto_PO: Tensor | None = None,
 ) -> Tensor:
-    """``x[r] @ weight[e].T + bias[e]`` for every row r of every expert e: [N, O].
+    """``x[p] @ weight[e].T + bias[e]`` for every place p of every expert e: [P, O].
 
-    ``onto_NO`` stands for the bias: the products are added to it, in place.
+    The result is written to ``out_PO`` if there is one. ``onto_PO`` stands for the bias: the products are added to it,
+    in place.
     """
     weight_EIO = weight_EOI.transpose(1, 2)
-    batch = Batch.of(x_NI, weight_EIO.shape, bounds)
-    if batch is None:
-        if bias_EO is None and onto_NO is None and _grouped_mm_takes(x_NI, weight_EOI):
-            out_NO = F.grouped_mm(x_NI, weight_EIO, offs=_ends(bounds))
-            return _tail_cleared(out_NO, _routed(bounds))
-        return _each_rows_times(x_NI, weight_EIO, bias_EO, bounds, onto_NO)
-    x_ECI = batch.pad(x_NI)
-    out_NO = batch.unpad(
-        torch.bmm(x_ECI, weight_EIO)
-        if bias_EO is None
-        else torch.baddbmm(bias_EO.unsqueeze(1), x_ECI, weight_EIO)
-    )
-    return out_NO if onto_NO is None else onto_NO.add_(out_NO)
+    if isinstance(layout, Batch):
+        return _batch_times(x_PI, weight_EIO, bias_EO, layout, out_PO, onto_PO)
+    new = bias_EO is None and onto_PO is None and out_PO is None
+    if new and layout.bounds and _grouped_mm_takes(x_PI, weight_EOI):
+        y_PO = F.grouped_mm(x_PI, weight_EIO, offs=layout.end_E)
+        return _tail_cleared(y_PO, _routed(layout.bounds))
+    return _each_times(x_PI, weight_EIO, bias_EO, layout.bounds, out_PO, onto_PO)
 
 
-def _each_rows_times(
-    x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, bounds: Bounds, onto_NO: Tensor | None
+def _batch_times(
+    x_PI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    batch: Batch,
+    out_PO: Tensor | None,
+    onto_PO: Tensor | None,
+) -> Tensor:
+    """``rows_times`` as one product of three-dimensional tensors."""
+    x_ECI = x_PI.view(batch.experts, -1, x_PI.shape[1])
+    if onto_PO is not None:
+        onto_PO.view(*x_ECI.shape[:2], -1).baddbmm_(x_ECI, weight_EIO)
+        return onto_PO
+    out_ECO = None if out_PO is None else out_PO.view(*x_ECI.shape[:2], -1)
+    if bias_EO is None:
+        y_ECO = torch.bmm(x_ECI, weight_EIO, out=out_ECO)
+    else:
+        y_ECO = torch.baddbmm(bias_EO.unsqueeze(1), x_ECI, weight_EIO, out=out_ECO)
+    return y_ECO.view(-1, y_ECO.shape[2])
+
+
+def _each_times(
+    x_NI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    bounds: Bounds,
+    out_NO: Tensor | None,
+    onto_NO: Tensor | None,
 ) -> Tensor:
     """``rows_times`` with a product for each expert, written to its place."""
-    out_NO = x_NI.new_empty((x_NI.shape[0], weight_EIO.shape[2])) if onto_NO is None else onto_NO
-    outs = pieces(out_NO, bounds)
-    if onto_NO is None:
+    if onto_NO is not None:
+        out_NO, biases = onto_NO, _pieces(onto_NO, bounds)
+    else:
+        out_NO = x_NI.new_empty((x_NI.shape[0], weight_EIO.shape[2])) if out_NO is None else out_NO
         _tail_cleared(out_NO, _routed(bounds))
         biases = [None] * len(bounds) if bias_EO is None else bias_EO.unbind(0)
-    else:
-        biases = outs
-    parts = zip(pieces(x_NI, bounds), weight_EIO.unbind(0), biases, outs, strict=True)
+    parts = zip(_pieces(x_NI, bounds), weight_EIO.unbind(0), biases, _pieces(out_NO, bounds), strict=True)
     for x_MI, weight_IO, bias, out_MO in parts:
         if x_MI.shape[0]:
             _multiply(x_MI, weight_IO, bias, out_MO)
     return out_NO
 
 
-def outer_products(grad_NO: Tensor, x_NI: Tensor, bounds: Bounds) -> Tensor:
-    """``grad[rows of e].T @ x[rows of e]``, the gradient of the weights: [E, O, I]."""
-    shape = (len(bounds), grad_NO.shape[1], x_NI.shape[1])
-    batch = Batch.of(x_NI, shape, bounds)
-    if batch is not None:
-        return torch.bmm(batch.pad(grad_NO, zero=True).transpose(1, 2), batch.pad(x_NI, zero=True))
-    if _grouped_mm_takes(x_NI, grad_NO):
-        return F.grouped_mm(grad_NO.t(), x_NI, offs=_ends(bounds))
-    out_EOI = grad_NO.new_empty(shape)
-    grads, xs = pieces(grad_NO.t(), bounds, 1), pieces(x_NI, bounds)
+def outer_products(grad_PO: Tensor, x_PI: Tensor, layout: Layout, *, out_EOI: Tensor | None = None) -> Tensor:
+    """``grad[places of e].T @ x[places of e]``, the gradient of the weights: [E, O, I], in ``out_EOI`` if given."""
+    if isinstance(layout, Batch):
+        grad_ECO, x_ECI = (t.view(layout.experts, -1, t.shape[1]) for t in (grad_PO, x_PI))
+        return torch.bmm(grad_ECO.transpose(1, 2), x_ECI, out=out_EOI)
+    bounds = layout.bounds
+    if out_EOI is None and _grouped_mm_takes(x_PI, grad_PO):
+        return F.grouped_mm(grad_PO.t(), x_PI, offs=layout.end_E)
+    if out_EOI is None:
+        out_EOI = grad_PO.new_empty((len(bounds), grad_PO.shape[1], x_PI.shape[1]))
+    grads, xs = _pieces(grad_PO.t(), bounds, 1), _pieces(x_PI, bounds)
     for grad_OM, x_MI, out_OI in zip(grads, xs, out_EOI.unbind(0), strict=True):
         if x_MI.shape[0]:
             _multiply(grad_OM, x_MI, None, out_OI)
@@ -212,12 +147,30 @@ def outer_products(grad_NO: Tensor, x_NI: Tensor, bounds: Bounds) -> Tensor:
     return out_EOI
 
 
-def row_sums(grad_NO: Tensor, bounds: Bounds) -> Tensor:
-    """``grad[rows of e].sum(0)``, the gradient of the biases: [E, O]."""
-    out_EO = grad_NO.new_empty((len(bounds), grad_NO.shape[1]))
-    for grad_MO, out_O in zip(pieces(grad_NO, bounds), out_EO.unbind(0), strict=True):
+def row_sums(grad_PO: Tensor, layout: Layout, *, out_EO: Tensor | None = None) -> Tensor:
+    """``grad[places of e].sum(0)``, the gradient of the biases: [E, O], in ``out_EO`` if given."""
+    if isinstance(layout, Batch):
+        grad_ECO = grad_PO.view(layout.experts, -1, grad_PO.shape[1])
+        return grad_ECO.sum(1) if out_EO is None else torch.sum(grad_ECO, 1, out=out_EO)
+    if out_EO is None:
+        out_EO = grad_PO.new_empty((len(layout.bounds), grad_PO.shape[1]))
+    for grad_MO, out_O in zip(_pieces(grad_PO, layout.bounds), out_EO.unbind(0), strict=True):
         torch.sum(grad_MO, 0, out=out_O)
     return out_EO
+
+
+def rows_dot(grad_PO: Tensor, bias_EO: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """``<grad[p], bias[e]>`` in ``dtype`` for every place p of every expert e, 0 for rows of none: [P]."""
+    if isinstance(layout, Batch):
+        grad_ECO = grad_PO.view(layout.experts, -1, grad_PO.shape[1]).to(dtype)
+        return torch.bmm(grad_ECO, bias_EO.to(dtype).unsqueeze(2)).view(-1)
+    out_P = grad_PO.new_zeros(grad_PO.shape[0], dtype=dtype)
+    parts = zip(
+        _pieces(out_P, layout.bounds), _pieces(grad_PO, layout.bounds), bias_EO.unbind(0), strict=True
+    )
+    for out_M, grad_MO, bias_O in parts:
+        torch.mv(grad_MO.to(dtype), bias_O.to(dtype), out=out_M)
+    return out_P
 
 
 def _routed(bounds: Bounds) -> int:

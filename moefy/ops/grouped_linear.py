@@ -22,11 +22,19 @@ from moefy.ops import checks
 from moefy.ops.cuda_rows import by_triton, grouped_linear_backward_cuda, grouped_linear_cuda
 from moefy.ops.grouped_gemm import outer_products, row_sums, rows_times
 from moefy.ops.library import differentiable, register
+from moefy.ops.row_layout import Bounds, Layout, layout_for
+
+
+def _layout(x_NI: Tensor, weight_EOI: Tensor, bounds: Bounds) -> Layout:
+    """For a product of ``x`` and ``weight``; in a batch its operand and its result are copied."""
+    _, size_o, size_i = weight_EOI.shape
+    return layout_for(x_NI, bounds, x_NI.shape[0], matrices=[size_o * size_i], copied=(size_i, size_o))
 
 
 def _kernel(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
     bounds = checks.bounds("grouped_linear", offsets_E, x_NI.shape[0])
-    return rows_times(x_NI, weight_EOI, bias_EO, bounds)
+    layout = _layout(x_NI, weight_EOI, bounds)
+    return layout.collect(rows_times(layout.spread(x_NI), weight_EOI, bias_EO, layout))
 
 
 def _fake(x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
@@ -38,11 +46,15 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; one that ``mask`` does not ask for is an empty tensor."""
     bounds = checks.bounds("grouped_linear_backward", offsets_E, x_NI.shape[0])
+    layout = _layout(x_NI, weight_EOI, bounds)
+    grad_PO = layout.spread(grad_NO, zero=True)
     nothing = [grad_NO.new_empty(0) for _ in range(3)]
     return (
-        rows_times(grad_NO, weight_EOI.transpose(1, 2), None, bounds) if mask[0] else nothing[0],
-        outer_products(grad_NO, x_NI, bounds) if mask[1] else nothing[1],
-        row_sums(grad_NO, bounds) if mask[2] else nothing[2],
+        layout.collect(rows_times(grad_PO, weight_EOI.transpose(1, 2), None, layout))
+        if mask[0]
+        else nothing[0],
+        outer_products(grad_PO, layout.spread(x_NI, zero=True), layout) if mask[1] else nothing[1],
+        row_sums(grad_PO, layout) if mask[2] else nothing[2],
     )
 
 

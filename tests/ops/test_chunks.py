@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from moefy import ops
-from moefy.ops import expert_kernels
-from moefy.ops.expert_kernels import Layer, chunks
+from moefy.ops import expert_parts, row_layout
+from moefy.ops.expert_parts import Layer, parts
+from moefy.ops.row_layout import Batch, InRows
 
 T, D, H, E, K = 11, 6, 8, 5, 2
 
@@ -36,26 +37,43 @@ def step(glu: ops.GLU, activation: str) -> list[Tensor]:
     return [out_TD.detach(), *torch.autograd.grad(out_TD.square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 300], ids=["one expert each", "some together"])
+@pytest.mark.parametrize("call", [-1, 10**12], ids=["in rows", "batch"])
+@pytest.mark.parametrize("chunk_bytes", [1, 300, 10**9], ids=["one expert each", "some together", "all"])
 @pytest.mark.parametrize("activation", ["gelu", "identity"])
 @pytest.mark.parametrize("glu", ops.GLU_FORMS)
-def test_chunks_change_nothing(glu, activation, chunk_bytes, monkeypatch):
+def test_parts_and_layouts_change_nothing(glu, activation, chunk_bytes, call, monkeypatch):
+    monkeypatch.setattr(row_layout, "CALL", -1)
     at_once = step(glu, activation)
-    monkeypatch.setattr(expert_kernels, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(expert_parts, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(row_layout, "CALL", call)
     for got, expected in zip(step(glu, activation), at_once, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_every_row_and_expert_is_in_one_chunk(monkeypatch):
-    monkeypatch.setattr(expert_kernels, "CHUNK_BYTES", 3 * D * 4)  # three rows
-    bounds = [(0, 2), (2, 3), (3, 9), (9, 9), (9, 10)]
-    w_up, w_down = torch.empty(E, D, D), torch.empty(E, D, D)
-    x_TD, order_N = torch.empty(12, D), torch.arange(12)
+def five_experts(bounds: list[tuple[int, int]], rows: int, **sizes: int) -> list[expert_parts.Part]:
+    order_N = torch.arange(rows)
     layer = Layer(
-        x_TD, torch.ones(12, 1), order_N, order_N[:E], None, None, w_up, None, w_down, None, "relu", "none"
-    )
-    found = chunks(layer, bounds)
-    assert [(c.experts.start, c.experts.stop) for c in found] == [(0, 2), (2, 3), (3, 5)]
-    assert [(c.rows.start, c.rows.stop) for c in found] == [(0, 3), (3, 9), (9, 12)]
-    assert [c.bounds for c in found] == [[(0, 2), (2, 3)], [(0, 6)], [(0, 0), (0, 1)]]
-    assert len(chunks(layer._replace(order_N=order_N[:3]), bounds)) == 1
+        torch.empty(rows, D), torch.ones(rows, 1), order_N, order_N[:E], None, None,
+        torch.empty(E, D, D), None, torch.empty(E, D, D), None, "relu", "none",
+    )  # fmt: skip
+    return parts(layer, bounds, **{"products": 1, "saved": 0, **sizes})
+
+
+def test_every_row_and_expert_is_in_one_part(monkeypatch):
+    monkeypatch.setattr(expert_parts, "CHUNK_BYTES", 3 * D * 4)  # three rows
+    monkeypatch.setattr(row_layout, "CALL", -1)
+    found = five_experts([(0, 2), (2, 3), (3, 9), (9, 9), (9, 10)], rows=12)
+    assert [(p.experts.start, p.experts.stop) for p in found] == [(0, 2), (2, 3), (3, 5)]
+    assert [(p.rows.start, p.rows.stop) for p in found] == [(0, 3), (3, 9), (9, 12)]
+    assert [p.rows for p in found] == [p.places for p in found]
+    layouts = [p.layout for p in found if isinstance(p.layout, InRows)]
+    assert [layout.bounds for layout in layouts] == [[(0, 2), (2, 3)], [(0, 6)], [(0, 0), (0, 1)]]
+    assert len(five_experts([(0, 2), (2, 2), (2, 2), (2, 2), (2, 3)], rows=3)) == 1
+
+
+def test_rows_of_no_expert_are_a_part_behind_a_batch(monkeypatch):
+    monkeypatch.setattr(row_layout, "CALL", 10**12)
+    batch, rest = five_experts([(0, 2), (2, 3), (3, 5), (5, 5), (5, 6)], rows=8)
+    assert isinstance(batch.layout, Batch) and batch.layout.place_R.tolist() == [0, 1, 2, 4, 5, 8]
+    assert (batch.places, batch.rows) == (slice(0, 10), slice(0, 6))
+    assert (rest.places, rest.rows, rest.experts) == (slice(10, 12), slice(6, 8), slice(5, 5))

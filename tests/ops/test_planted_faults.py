@@ -26,25 +26,26 @@ def swapped_experts(monkeypatch, target):
     module = importlib.import_module(target)
     right = module.rows_times
 
-    def wrong(x, weight, bias, bounds, **more):
+    def wrong(x, weight, bias, layout, **more):
         swap = torch.tensor([1, 0, 2, 3])
-        return right(x, weight[swap], None if bias is None else bias[swap], bounds, **more)
+        return right(x, weight[swap], None if bias is None else bias[swap], layout, **more)
 
     monkeypatch.setattr(module, "rows_times", wrong)
 
 
 def dropped_weight(monkeypatch, target):
     """The last token's last choice counts nothing."""
+    name = "weighted_sum" if target == GROUPED else "sum_places"
     module = importlib.import_module("moefy.ops.combine" if target == GROUPED else target)
-    right = module.weighted_sum
+    right = getattr(module, name)
 
-    def wrong(y, weights, order, top_k):
+    def wrong(y, weights, *where):
         if weights is not None:
             weights = weights.clone()
             weights[-1, -1] = 0
-        return right(y, weights, order, top_k)
+        return right(y, weights, *where)
 
-    monkeypatch.setattr(module, "weighted_sum", wrong)
+    monkeypatch.setattr(module, name, wrong)
 
 
 def shifted_offsets(monkeypatch, target):
@@ -63,8 +64,8 @@ def missing_gradient_of_one_expert(monkeypatch, target):
     module = importlib.import_module(target)
     right = module.outer_products
 
-    def wrong(grad, x, bounds):
-        out = right(grad, x, bounds)
+    def wrong(grad, x, layout, **more):
+        out = right(grad, x, layout, **more)
         out[2] = 0
         return out
 
