@@ -22,10 +22,9 @@ from moefy.ops import checks
 from moefy.ops.activations import ACTIVATIONS
 from moefy.ops.expert_parts import Layer, Part, parts
 from moefy.ops.grouped_gemm import outer_products, row_sums, rows_dot, rows_times
-from moefy.ops.permute import accumulation_dtype, place_of_slot, sum_places
+from moefy.ops.permute import WIDE_ELEMENTS, accumulation_dtype, place_of_slot, sum_places
 from moefy.ops.row_layout import InRows, Layout
 
-WIDE_ELEMENTS = 1 << 17
 BY_PLACE = frozenset(("x", "weights"))  # gradients that the kernels sum over the slots of a token
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 Bounds = Sequence[tuple[int, int]]
 
 # In multiply-adds: what a product costs more as a call of its own, in fp32 and in bf16, and to copy an element. On 2
-# cores of an AMD EPYC (Zen 4), 8 to 256 experts of 32 to 256 rows, 48 to 256 features, a call costs 8 to 15 and about 20
+# cores of an AMD EPYC (Zen 4), 8 to 256 experts of 32 to 256 rows, 48 to 256 features, a call costs 8 to 15 and 20
 # microseconds more than in a batch (two threads share each product, where a batch gives each its own); here it counts 6
 # and 15, since what follows the products also runs over the padding.
 CALL, CALL_HALF, COPY = 500_000, 2_500_000, 16
