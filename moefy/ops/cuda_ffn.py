@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from moefy.ops.cuda_rows import rows_contiguous
-from moefy.ops.expert_kernels import Layer, Wanted, halves
+from moefy.ops.expert_kernels import Wanted, halves
+from moefy.ops.expert_parts import Layer
 
 
 def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

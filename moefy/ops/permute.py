@@ -21,9 +21,8 @@ from moefy.ops import checks
 from moefy.ops.cuda_rows import by_triton, sum_slots_cuda
 from moefy.ops.library import differentiable, register
 
-WIDE_ELEMENTS = (
-    1 << 17
-)  # that a CPU widens at a time: 512 KiB in fp32; 16 or 32 Ki elements took up to twice the time
+# How many elements a CPU widens at a time, 512 KiB in fp32; 16 or 32 Ki elements took up to twice the time.
+WIDE_ELEMENTS = 1 << 17
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
