@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ops.samples import SAMPLES, WITHOUT_GRADIENTS, cases, registered
 
@@ -28,7 +29,18 @@ def test_every_op_has_its_kernels(name):
 def test_every_op_of_floats_has_its_own_autograd_formula(name):
     for args in SAMPLES[name](torch.float64):
         for result in tensors(getattr(torch.ops.moefy, name)(*args))[:1]:
-            assert f"GeneratedBackwardFor_moefy_{name}_" in type(result.grad_fn).__name__
+            assert type(result.grad_fn).__name__ == f"moefy_{name}Backward"
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLES) - WITHOUT_GRADIENTS))
+def test_forward_mode_is_an_error(name):
+    """Also where no argument requires a gradient: else tangents would be lost without a word."""
+    first, *others = SAMPLES[name](torch.float64)[0]
+    constants = [a.detach() if isinstance(a, Tensor) else a for a in others]
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        getattr(torch.ops.moefy, name)(
+            forward_ad.make_dual(first.detach(), torch.ones_like(first)), *constants
+        )
 
 
 @pytest.mark.parametrize(("name", "i"), CASES)
