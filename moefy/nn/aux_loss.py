@@ -137,30 +137,44 @@ def layer_loss(
         group: the ranks of the global batch.
     """
     choice = routing.choice
-    balance = balance_loss(aux, routing, num_experts, group) if aux.weight else None
-    z_loss = losses.z_loss(choice.logits, mask_T=choice.mask) if aux.z_weight else None
-    own = torch.stack(list(choice.losses.values())).sum() if aux.router_weight and choice.losses else None
-    terms = [(aux.weight, balance), (aux.z_weight, z_loss), (aux.router_weight, own)]
-    weighted = [weight * value for weight, value in terms if value is not None]
+    scores_TE = choice.all_scores() if aux.weight else None
+    balance = None if scores_TE is None else balance_loss(aux, routing, scores_TE, num_experts, group)
+    z_loss = None
+    if aux.z_weight:
+        softmax_TE = scores_TE if choice.scores is None else None
+        z_loss = losses.z_loss(choice.logits, mask_T=choice.mask, softmax_TE=softmax_TE)
+    own = _sum([(1, value) for value in choice.losses.values()]) if aux.router_weight else None
     like = choice.weights
-    l_aux = torch.stack(weighted).sum() if weighted else like.new_zeros(())
+    l_aux = _sum([(aux.weight, balance), (aux.z_weight, z_loss), (aux.router_weight, own)])
+    l_aux = like.new_zeros(()) if l_aux is None else l_aux
     counter.add_losses([l_aux, balance, z_loss, own], like)
     return l_aux
 
 
-def balance_loss(aux: AuxLoss, routing: Routing, num_experts: int, group: Any = None) -> Tensor:
-    """The balance loss of ``aux`` over its scope, without its weight."""
+def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor | None:
+    """The weighted sum of what there is."""
+    total = None
+    for weight, value in terms:
+        if value is not None:
+            total = weight * value if total is None else torch.add(total, value, alpha=weight)
+    return total
+
+
+def balance_loss(
+    aux: AuxLoss, routing: Routing, scores_TE: Tensor, num_experts: int, group: Any = None
+) -> Tensor:
+    """The balance loss of ``aux`` over its scope, without its weight; ``scores_TE`` are the choice's."""
     choice = routing.choice
     loss = losses.BALANCE_LOSSES[aux.balance]
     index_TK = routing.top_k_index if aux.balance in losses.AFTER_DROPS else choice.index
-    scores_TE = choice.all_scores()
     if aux.scope == "sequence" and len(routing.leading) > 1:
         return _per_sequence(loss, choice, scores_TE, index_TK, num_experts, routing.leading, aux.batch_dim)
+    # The sort counted the slots that kept their seats.
+    offsets_E = routing.offsets if index_TK is routing.top_k_index else None
+    counts = None
     if aux.scope == "global_batch" and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD if group is None else group
-        counts = losses.GlobalCounts(group)
-        return loss(scores_TE, index_TK, num_experts, mask_T=choice.mask, reduce=counts)
-    return loss(scores_TE, index_TK, num_experts, mask_T=choice.mask)
+        counts = losses.GlobalCounts(dist.group.WORLD if group is None else group)
+    return loss(scores_TE, index_TK, num_experts, mask_T=choice.mask, reduce=counts, offsets_E=offsets_E)
 
 
 def _per_sequence(

@@ -3,7 +3,8 @@
 Contract: a balance loss is ``f(scores_TE, index_TK, num_experts, *, mask_T=None) -> scalar`` without a weight;
 ``BALANCE_LOSSES`` has them by name. Gradients flow through the scores alone: counts carry none. Slots with an id
 outside ``[0, E)`` are dropped and count for no expert; tokens with ``mask_T = False`` are padding and count nowhere.
-No tokens give 0. Axes in front of T are batches, and the result keeps them. Nothing waits for the device.
+No tokens give 0. Axes in front of T are batches, and the result keeps them. Nothing waits for the device. A caller
+that has sorted the slots passes ``offsets_E``, so that they are not counted again.
 
 Worked example, E=2: all tokens to expert 0 with certainty is the worst case, E; a uniform router gives 1.
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import ConfigError, ShapeError
+from moefy.nn import by_hand
 
 Reduce = Callable[[Tensor], Tensor]
 """Maps the totals of these tokens to those of the scope; see ``assignment_totals``."""
@@ -41,6 +43,7 @@ class BalanceLoss(Protocol):
         *,
         mask_T: Tensor | None = None,
         reduce: Reduce | None = None,
+        offsets_E: Tensor | None = None,
     ) -> Tensor:
         """``[...]``, one number per batch."""
         ...
@@ -54,6 +57,7 @@ def switch(
     *,
     mask_T: Tensor | None = None,
     reduce: Reduce | None = None,
+    offsets_E: Tensor | None = None,
 ) -> Tensor:
     """``E * sum_e f_e * P_e`` with ``f_e = n_e / (T * K)``: the canonical form.
 
@@ -67,15 +71,13 @@ def switch(
         num_experts: E.
         mask_T: ``[..., T]`` bool, True = a token that counts.
         reduce: makes the counts those of a wider scope.
+        offsets_E: ``[..., E]``, those of ``ops.sort_by_expert`` for ``index_TK`` without the slots of masked tokens.
 
     Returns:
         ``[...]`` in fp32, fp64 for fp64 scores.
     """
-    mean_E = _mean_scores(scores_TE, mask_T)
-    totals_X = assignment_totals(index_TK, num_experts, mask_T)
-    totals_X = (totals_X if reduce is None else reduce(totals_X)).to(mean_E.dtype)
-    share_E = totals_X[..., :-1] / (totals_X[..., -1:] * index_TK.shape[-1]).clamp(min=1)
-    return num_experts * (share_E * mean_E).sum(-1)
+    factor = num_experts / index_TK.shape[-1]
+    return _times_mean_scores(factor, scores_TE, index_TK, num_experts, mask_T, reduce, offsets_E)
 
 
 def gshard(
@@ -85,13 +87,15 @@ def gshard(
     *,
     mask_T: Tensor | None = None,
     reduce: Reduce | None = None,
+    offsets_E: Tensor | None = None,
 ) -> Tensor:
     """``switch`` with the first choices alone: ``f_e`` is the share of tokens whose best expert is e.
 
     GShard (Lepikhin et al. 2020, algorithm 1) up to its factor 1/E. Tutel's, whose scores are the noisy ones, and
     DeepSpeed's for K = 1 and 2.
     """
-    return switch(scores_TE, index_TK[..., :1], num_experts, mask_T=mask_T, reduce=reduce)
+    first_T1, offsets_E = _first_choices(index_TK, offsets_E)
+    return switch(scores_TE, first_T1, num_experts, mask_T=mask_T, reduce=reduce, offsets_E=offsets_E)
 
 
 def mixtral(
@@ -101,9 +105,10 @@ def mixtral(
     *,
     mask_T: Tensor | None = None,
     reduce: Reduce | None = None,
+    offsets_E: Tensor | None = None,
 ) -> Tensor:
     """``K * switch``, so a uniform router gives K: ``load_balancing_loss_func`` of Hugging Face's Mixtral."""
-    return index_TK.shape[-1] * switch(scores_TE, index_TK, num_experts, mask_T=mask_T, reduce=reduce)
+    return _times_mean_scores(num_experts, scores_TE, index_TK, num_experts, mask_T, reduce, offsets_E)
 
 
 def fastmoe_gshard(
@@ -113,6 +118,7 @@ def fastmoe_gshard(
     *,
     mask_T: Tensor | None = None,
     reduce: Reduce | None = None,
+    offsets_E: Tensor | None = None,
     experts_per_worker: int | None = None,
 ) -> Tensor:
     """FastMoE's ``GShardGate``: ``gshard / W^2`` for W workers, so a uniform router gives 1 / W^2.
@@ -125,11 +131,13 @@ def fastmoe_gshard(
         num_experts: E, over all workers.
         mask_T: as in ``switch``.
         reduce: as in ``switch``.
+        offsets_E: as in ``switch``.
         experts_per_worker: FastMoE's ``num_expert``, E / W; by default E, one worker.
     """
     per_worker = num_experts if experts_per_worker is None else experts_per_worker
-    loss = gshard(scores_TE, index_TK, num_experts, mask_T=mask_T, reduce=reduce)
-    return loss * (per_worker / num_experts) ** 2
+    first_T1, offsets_E = _first_choices(index_TK, offsets_E)
+    factor = per_worker**2 / num_experts
+    return _times_mean_scores(factor, scores_TE, first_T1, num_experts, mask_T, reduce, offsets_E)
 
 
 def fastmoe_switch(
@@ -139,17 +147,49 @@ def fastmoe_switch(
     *,
     mask_T: Tensor | None = None,
     reduce: Reduce | None = None,
+    offsets_E: Tensor | None = None,
 ) -> Tensor:
     """FastMoE's ``SwitchGate``: ``E * sum_e (n_e / kept) * (sum_t p_te / kept)``, counted after capacity dropped.
 
     ``index_TK`` holds an id outside ``[0, E)`` for every dropped slot; ``kept`` is the number of the others. Nothing
     dropped and K=1: ``switch``.
     """
-    totals_X = assignment_totals(index_TK, num_experts, mask_T)
-    mean_E = _sum_scores(scores_TE, mask_T) / totals_X[..., :-1].sum(-1, keepdim=True).clamp(min=1)
-    counts_E = (totals_X if reduce is None else reduce(totals_X))[..., :-1].to(mean_E.dtype)
-    share_E = counts_E / counts_E.sum(-1, keepdim=True).clamp(min=1)
-    return num_experts * (share_E * mean_E).sum(-1)
+    own_E = _counts(index_TK, num_experts, mask_T, offsets_E)
+    counts_E = own_E if reduce is None else reduce(_totals(own_E, index_TK, mask_T))[..., :-1]
+    kept = own_E.sum(-1)
+    kept_of_scope = kept if reduce is None else counts_E.sum(-1)
+    return _product(num_experts, _sum_scores(scores_TE, mask_T), counts_E, kept_of_scope * kept)
+
+
+def _times_mean_scores(
+    factor: float,
+    scores_TE: Tensor,
+    index_TK: Tensor,
+    num_experts: int,
+    mask_T: Tensor | None,
+    reduce: Reduce | None,
+    offsets_E: Tensor | None,
+) -> Tensor:
+    """``factor * sum_e (n_e / T) * P_e``, n_e and its T those of the scope."""
+    tokens = tokens_of_scope = _tokens(index_TK, mask_T)
+    counts_E = _counts(index_TK, num_experts, mask_T, offsets_E)
+    if reduce is not None:
+        totals_X = reduce(_totals(counts_E, index_TK, mask_T))
+        counts_E, tokens_of_scope = totals_X[..., :-1], totals_X[..., -1]
+    return _product(factor, _sum_scores(scores_TE, mask_T), counts_E, tokens_of_scope * tokens)
+
+
+def _product(factor: float, sums_E: Tensor, counts_E: Tensor, divisor: Tensor | int) -> Tensor:
+    """``factor * sum_e counts_e * sums_e / divisor``; nothing to divide by gives 0."""
+    product = (sums_E * counts_E).sum(-1)
+    if isinstance(divisor, Tensor):
+        return factor * product / divisor.clamp(min=1)
+    return product * (factor / max(divisor, 1))
+
+
+def _first_choices(index_TK: Tensor, offsets_E: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``[..., T, 1]`` and its offsets, if ``offsets_E`` are these."""
+    return index_TK[..., :1], offsets_E if index_TK.shape[-1] == 1 else None
 
 
 # -- squared coefficients of variation -----------------------------------------------------------------------------
@@ -158,9 +198,7 @@ def cv_squared(value_E: Tensor) -> Tensor:
 
     Shazeer et al. 2017, equation 7.
     """
-    if value_E.shape[-1] == 1:
-        return torch.zeros_like(value_E[..., 0])
-    return value_E.var(-1) / (value_E.mean(-1).square() + 1e-10)
+    return torch.zeros_like(value_E[..., 0]) if value_E.shape[-1] == 1 else by_hand.cv_squared(value_E)
 
 
 def importance(
@@ -170,11 +208,13 @@ def importance(
     *,
     mask_T: Tensor | None = None,
     reduce: Reduce | None = None,
+    offsets_E: Tensor | None = None,
 ) -> Tensor:
     """``CV^2`` of the experts' summed scores: 0 for a uniform router, E when all goes to one expert with certainty.
 
     V-MoE (Riquelme et al. 2021, appendix A) and Tutel take the softmax over all experts; Shazeer et al. 2017
-    (equation 6) the sparse gates, for which there is ``sparse_importance``. ``index_TK`` is not read.
+    (equation 6) the sparse gates, for which there is ``sparse_importance``. ``index_TK`` and ``offsets_E`` are not
+    read.
 
     Raises:
         ConfigError: for a ``reduce``: no slots are counted, so there is no global-batch scope.
@@ -198,9 +238,9 @@ def sparse_importance(
         mask_T: ``[..., T]`` bool, True = a token that counts.
     """
     slot_N = _slots(index_TK, num_experts, mask_T)
-    weights_N = _accumulated(weights_TK).flatten(-2).masked_fill(slot_N == num_experts, 0.0)
-    sums_X = weights_N.new_zeros((*weights_N.shape[:-1], num_experts + 1))
-    return cv_squared(sums_X.scatter_add(-1, slot_N, weights_N)[..., :-1])
+    weights_N = _accumulated(weights_TK).flatten(-2)
+    sums_X = weights_N.new_zeros((*weights_N.shape[:-1], num_experts + 2))
+    return cv_squared(sums_X.scatter_add(-1, slot_N, weights_N)[..., 1:-1])
 
 
 def load(
@@ -289,18 +329,19 @@ def _load_importance(
 
 
 # -- the size of the logits ----------------------------------------------------------------------------------------
-def z_loss(logits_TE: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
+def z_loss(logits_TE: Tensor, *, mask_T: Tensor | None = None, softmax_TE: Tensor | None = None) -> Tensor:
     """``mean_t logsumexp(logits_t)^2``, which keeps the logits small: ST-MoE (Zoph et al. 2022, equation 5).
 
     Args:
         logits_TE: ``[..., T, E]``.
         mask_T: ``[..., T]`` bool, True = a token that counts.
+        softmax_TE: ``[..., T, E]``, their softmax where the caller has it in fp32 (fp64 for fp64 logits), to save the
+            making. It gets no gradient.
 
     Returns:
         ``[...]``; ``log(E)^2`` for zero logits.
     """
-    squared_T1 = torch.logsumexp(_accumulated(logits_TE), -1, keepdim=True).square()
-    return _mean_scores(squared_T1, mask_T).squeeze(-1)
+    return by_hand.mean_squared_logsumexp(_accumulated(logits_TE), mask_T, softmax_TE)
 
 
 # -- scopes --------------------------------------------------------------------------------------------------------
@@ -379,35 +420,46 @@ class GlobalCounts:
 
 
 # -- what they are made of -----------------------------------------------------------------------------------------
-@torch.no_grad()
 def assignment_totals(index_TK: Tensor, num_experts: int, mask_T: Tensor | None = None) -> Tensor:
     """``[..., E + 1]`` int64: the slots of each expert and, last, the tokens that count."""
+    return _totals(_counts(index_TK, num_experts, mask_T, None), index_TK, mask_T)
+
+
+def _totals(counts_E: Tensor, index_TK: Tensor, mask_T: Tensor | None) -> Tensor:
+    tokens = _tokens(index_TK, mask_T)
+    if not isinstance(tokens, Tensor):
+        tokens = counts_E.new_full(counts_E.shape[:-1], tokens, dtype=torch.int64)
+    return torch.cat([counts_E.to(torch.int64), tokens.unsqueeze(-1)], -1)
+
+
+def _counts(index_TK: Tensor, num_experts: int, mask_T: Tensor | None, offsets_E: Tensor | None) -> Tensor:
+    """``[..., E]`` int32: n."""
+    if offsets_E is not None:
+        counts_E = offsets_E.clone()
+        counts_E[..., 1:].sub_(offsets_E[..., :-1])
+        return counts_E
     slot_N = _slots(index_TK, num_experts, mask_T)
     # int32: Inductor has no int64 atomics. N fits, as ops.sort_by_expert demands.
-    counts_X = torch.zeros((*slot_N.shape[:-1], num_experts + 1), dtype=torch.int32, device=slot_N.device)
-    counts_X = counts_X.scatter_add(-1, slot_N, torch.ones_like(slot_N, dtype=torch.int32))
-    return torch.cat([counts_X[..., :-1].to(torch.int64), _tokens(index_TK, mask_T)], -1)
+    counts_X = slot_N.new_zeros((*slot_N.shape[:-1], num_experts + 2), dtype=torch.int32)
+    one = slot_N.new_ones((), dtype=torch.int32)
+    return counts_X.scatter_add(-1, slot_N, one.expand(slot_N.shape))[..., 1:-1]
 
 
 def _slots(index_TK: Tensor, num_experts: int, mask_T: Tensor | None) -> Tensor:
-    """``[..., N]`` expert ids, E for slots that do not count."""
-    valid_TK = (index_TK >= 0) & (index_TK < num_experts)
+    """``[..., N]`` expert ids plus 1; 0 or E + 1 for slots that do not count."""
+    slot_TK = index_TK.to(torch.int64).clamp(-1, num_experts) + 1
     if mask_T is not None:
-        valid_TK = valid_TK & mask_T.unsqueeze(-1)
-    return index_TK.to(torch.int64).masked_fill(~valid_TK, num_experts).flatten(-2)
+        slot_TK = torch.where(mask_T.unsqueeze(-1), slot_TK, 0)
+    return slot_TK.flatten(-2)
 
 
-def _tokens(like_TX: Tensor, mask_T: Tensor | None) -> Tensor:
-    """``[..., 1]`` int64: how many tokens count."""
+def _tokens(like_TX: Tensor, mask_T: Tensor | None) -> Tensor | int:
+    """How many tokens count: ``[...]`` int64; in eager mode without a mask a number, which launches nothing."""
     if mask_T is not None:
-        return mask_T.sum(-1, keepdim=True)
-    shape = (*like_TX.shape[:-2], 1)
-    return torch.full(shape, like_TX.shape[-2], dtype=torch.int64, device=like_TX.device)
-
-
-def _mean_scores(scores_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """``[..., E]``: P."""
-    return _sum_scores(scores_TE, mask_T) / _tokens(scores_TE, mask_T).clamp(min=1)
+        return mask_T.sum(-1)
+    if torch.compiler.is_compiling():  # the square of a symbol might not fit the int32 of a kernel's indices
+        return torch.full(like_TX.shape[:-2], like_TX.shape[-2], dtype=torch.int64, device=like_TX.device)
+    return like_TX.shape[-2]
 
 
 def _sum_scores(scores_TE: Tensor, mask_T: Tensor | None) -> Tensor:
@@ -420,7 +472,7 @@ def _sum_scores(scores_TE: Tensor, mask_T: Tensor | None) -> Tensor:
 
 def _accumulated(value: Tensor) -> Tensor:
     """In fp32, fp64 stays."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value if value.dtype is torch.float64 else value.float()
 
 
 BALANCE_LOSSES: dict[str, BalanceLoss] = {

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from moefy.config import AuxLoss
 from moefy.errors import ConfigError, ShapeError
-from moefy.nn import losses
+from moefy.nn import MoE, losses
 from moefy.nn.losses import AFTER_DROPS, BALANCE_LOSSES, COUNTED, GlobalCounts, per_sequence
+from moefy.ops import sort_by_expert
 
 T, E, K = 12, 4, 2
 UNIFORM = {"switch": 1.0, "megatron": 1.0, "megablocks": 1.0, "gshard": 1.0, "tutel_gshard": 1.0, "deepspeed": 1.0,
@@ -286,3 +288,36 @@ def test_one_graph_for_all_lengths() -> None:
         index, mask = scores.topk(K).indices, torch.rand(tokens) < 0.8
         torch.testing.assert_close(compiled(scores, index, mask), every(scores, index, mask))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", BALANCE_LOSSES)
+@pytest.mark.parametrize("choices", [1, K])
+def test_offsets_say_what_counting_would(name: str, choices: int) -> None:
+    """Sorted slots of two batches, dropped and masked ones left out; K = 1 is also the first choices' case."""
+    batches = [sample(seed) for seed in range(2)]
+    scores, index, mask = (torch.stack(parts) for parts in zip(*batches, strict=True))
+    index = index[..., :choices].masked_fill(~mask.unsqueeze(-1), E)
+    offsets = torch.stack([sort_by_expert(one, E)[1] for one in index])
+    got = BALANCE_LOSSES[name](scores, index, E, mask_T=mask, offsets_E=offsets)
+    for value, s, i, m in zip(got, scores, index, mask, strict=True):
+        wanted = BALANCE_LOSSES[name](s, i, E, mask_T=m)
+        if choices == K:
+            assert wanted.item() == pytest.approx(expected(name, s, i, m), rel=1e-12)
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", BALANCE_LOSSES)
+@pytest.mark.parametrize("factor", [None, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_layer_counts_what_its_router_chose(name: str, factor: float | None, masked: bool) -> None:
+    """Before capacity dropped slots, but for the losses that are defined after."""
+    moe = MoE(8, 8, E, top_k=K, capacity=factor, aux_loss=AuxLoss(balance=name, weight=0.5)).double()
+    routings: list[Any] = []
+    moe.router.register_forward_hook(lambda *seen: routings.append(seen[2]))
+    mask = torch.arange(T) % 3 > 0
+    moe(torch.randn(T, 8, dtype=torch.float64), mask=mask if masked else None)
+    routing, mask = routings[0], mask if masked else torch.ones(T, dtype=torch.bool)
+    index = routing.top_k_index if name in AFTER_DROPS else routing.choice.index
+    scores = routing.router_logits.detach().softmax(-1)
+    assert moe.l_aux is not None
+    assert moe.l_aux.item() == pytest.approx(expected(name, scores, index, mask) / 2, rel=1e-12)
