@@ -4,9 +4,10 @@ T tokens, E experts, K top-k.
 
 Contract: given router logits, each step is timed by itself and set against the whole layer without losses ("layer" of
 ``moefy bench layer``, provider "moefy"): top-k with its gradient, the sort with its offsets, and the losses with their
-gradients. All in eager mode; the goal is that together they take at most 2 % of the layer on shape B.
+gradients; then all of them as one function, as a layer runs them ("together"). Eager, and compiled with everything in
+one graph each. The goal is that together they take at most 2 % of the layer on shape B.
 
-    $ moefy bench routing --shapes B
+    $ moefy bench routing --shapes B --modes eager
 """
 
 from __future__ import annotations
@@ -23,29 +24,32 @@ from moefy.bench.arguments import device_from, name_list, rep_from
 from moefy.bench.base import Benchmark
 from moefy.bench.layer_contract import from_function
 from moefy.bench.layer_shapes import Inputs, draw_inputs, shapes_for
-from moefy.bench.layer_timing import median_ms
+from moefy.bench.layer_timing import Work, median_ms
 from moefy.errors import ConfigError
 from moefy.tables import Column, draw, stream_width
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GOAL = 0.02
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingCost:
-    """Milliseconds by shape and step; ``layer`` is the whole layer."""
+    """Milliseconds by shape, mode and step; ``layer`` is the whole layer."""
 
     device: str
-    ms: dict[str, dict[str, float]]
+    ms: dict[str, dict[str, dict[str, float]]]
 
-    def share(self, shape: str) -> float:
+    def share(self, shape: str, mode: str) -> float:
         """What all steps together take of the layer."""
-        times = self.ms[shape]
-        return sum(ms for step, ms in times.items() if step != "layer") / times["layer"]
+        times = self.ms[shape][mode]
+        return times["together"] / times["layer"]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""
-        shares = {shape: self.share(shape) for shape in self.ms}
+        shares = {
+            shape: {mode: self.share(shape, mode) for mode in modes} for shape, modes in self.ms.items()
+        }
         return {
             "schema_version": SCHEMA_VERSION,
             "benchmark": "routing",
@@ -56,79 +60,113 @@ class RoutingCost:
         }
 
     def __str__(self) -> str:
-        titles = ["shape", *(f"{step}\nms" for step in ("layer", *STEPS)), "share of\nthe layer"]
-        columns = [Column(title=title, align="left" if i == 0 else "right") for i, title in enumerate(titles)]
+        names = ("layer", *STEPS)
+        titles = ["shape", "mode", *(f"{name}\nms" for name in names), "share of\nthe layer"]
+        columns = [Column(title=title, align="left" if i < 2 else "right") for i, title in enumerate(titles)]
         rows = [
-            [shape, *(f"{times[step]:.3f}" for step in ("layer", *STEPS)), f"{self.share(shape):.1%}"]
-            for shape, times in self.ms.items()
+            [shape, mode, *(f"{times[name]:.3f}" for name in names), f"{self.share(shape, mode):.1%}"]
+            for shape, modes in self.ms.items()
+            for mode, times in modes.items()
         ]
         heading = f"moefy bench routing: device {self.device}, torch {torch.__version__}"
-        return "\n".join(
-            [heading, "", draw(columns, rows, stream_width()), "", f"goal: {GOAL:.0%} on B, on a GPU"]
-        )
+        goal = f"goal: {GOAL:.0%} on B, on a GPU"
+        return "\n".join([heading, "", draw(columns, rows, stream_width()), "", goal])
 
 
-def _top_k(inputs: Inputs) -> Callable[[], object]:
+def _compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+MODES: dict[str, Wrap] = {"eager": lambda function: function, "compiled": _compiled}
+
+
+# -- steps: from inputs to what is timed; ``wrap`` is done to the function that computes ----------------------------
+def _top_k(inputs: Inputs, wrap: Wrap) -> Work:
     from moefy.ops import top_k_softmax
 
-    logits_TE = inputs.logits_TE.detach().requires_grad_()
-    grad_TK = torch.randn(logits_TE.shape[0], inputs.shape.top_k, device=logits_TE.device)
-
-    def step() -> None:
-        logits_TE.grad = None
-        weights_TK, _ = top_k_softmax(logits_TE, inputs.shape.top_k)
-        weights_TK.backward(grad_TK.to(weights_TK.dtype))
-
-    return step
+    choose, top_k = wrap(top_k_softmax), inputs.shape.top_k
+    return _with_gradient(inputs, lambda logits_TE: choose(logits_TE, top_k)[:1])
 
 
-def _sort(inputs: Inputs) -> Callable[[], object]:
+def _sort(inputs: Inputs, wrap: Wrap) -> Work:
+    from moefy.ops import sort_by_expert
+
+    index_TK, sort = _chosen(inputs), wrap(sort_by_expert)
+    return lambda: sort(index_TK, inputs.shape.num_experts)
+
+
+def _balance(inputs: Inputs, wrap: Wrap) -> Work:
+    from moefy.nn import losses
+    from moefy.ops import sort_by_expert
+
+    index_TK, experts = _chosen(inputs), inputs.shape.num_experts
+    _, offsets_E = sort_by_expert(index_TK, experts)
+
+    def loss(logits_TE: Tensor) -> Tensor:
+        return losses.switch(torch.softmax(logits_TE, -1), index_TK, experts, offsets_E=offsets_E)
+
+    wrapped = wrap(loss)
+    return _with_gradient(inputs, lambda logits_TE: (wrapped(logits_TE),))
+
+
+def _z_loss(inputs: Inputs, wrap: Wrap) -> Work:
+    from moefy.nn import losses
+
+    wrapped = wrap(losses.z_loss)
+    return _with_gradient(inputs, lambda logits_TE: (wrapped(logits_TE),))
+
+
+def _together(inputs: Inputs, wrap: Wrap) -> Work:
+    from moefy.nn import losses
     from moefy.ops import sort_by_expert, top_k_softmax
 
-    _, index_TK = top_k_softmax(inputs.logits_TE, inputs.shape.top_k)
-    return lambda: sort_by_expert(index_TK, inputs.shape.num_experts)
+    top_k, experts = inputs.shape.top_k, inputs.shape.num_experts
+
+    def routing(logits_TE: Tensor) -> tuple[Tensor, ...]:
+        weights_TK, index_TK = top_k_softmax(logits_TE, top_k)
+        order_N, offsets_E = sort_by_expert(index_TK, experts)
+        scores_TE = torch.softmax(logits_TE, -1)
+        balance = losses.switch(scores_TE, index_TK, experts, offsets_E=offsets_E)
+        z_loss = losses.z_loss(logits_TE, softmax_TE=scores_TE)
+        return weights_TK, torch.add(balance, z_loss, alpha=0.1), order_N, offsets_E
+
+    wrapped = wrap(routing)
+    return _with_gradient(inputs, lambda logits_TE: wrapped(logits_TE)[:2])
 
 
-def _loss(inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
-    from moefy.ops import top_k_softmax
-
-    logits_TE = inputs.logits_TE.detach().requires_grad_()
-    _, index_TK = top_k_softmax(inputs.logits_TE, inputs.shape.top_k)
-
-    def step() -> None:
-        logits_TE.grad = None
-        loss(logits_TE, index_TK).backward()
-
-    return step
-
-
-def _balance(inputs: Inputs) -> Callable[[], object]:
-    from moefy.nn import losses
-
-    experts = inputs.shape.num_experts
-    return _loss(inputs, lambda logits, index: losses.switch(torch.softmax(logits, -1), index, experts))
-
-
-def _z_loss(inputs: Inputs) -> Callable[[], object]:
-    from moefy.nn import losses
-
-    return _loss(inputs, lambda logits, _: losses.z_loss(logits))
-
-
-STEPS: dict[str, Callable[[Inputs], Callable[[], object]]] = {
+STEPS: dict[str, Callable[[Inputs, Wrap], Work]] = {
     "top-k": _top_k,
     "sort": _sort,
     "balance loss": _balance,
     "z-loss": _z_loss,
+    "together": _together,
 }
 
 
-def measure(inputs: Inputs, rep: float) -> dict[str, float]:
+def _chosen(inputs: Inputs) -> Tensor:
+    from moefy.ops import top_k_softmax
+
+    return top_k_softmax(inputs.logits_TE, inputs.shape.top_k)[1]
+
+
+def _with_gradient(inputs: Inputs, forward: Callable[[Tensor], tuple[Tensor, ...]]) -> Work:
+    """Work that runs ``forward`` on the logits and then its backward, from a gradient drawn beforehand."""
+    logits_TE = inputs.logits_TE.detach().requires_grad_()
+    grads = [torch.randn_like(out) for out in forward(logits_TE)]
+
+    def step() -> None:
+        logits_TE.grad = None
+        torch.autograd.backward(forward(logits_TE), grads)
+
+    return step
+
+
+def measure(inputs: Inputs, rep: float, wrap: Wrap = MODES["eager"]) -> dict[str, float]:
     """Milliseconds of the layer and of each step; ``rep`` is in milliseconds, for each figure."""
     from moefy.bench.layer_providers import moefy_layer
 
-    works: dict[str, Callable[[], object]] = {"layer": from_function(moefy_layer)(inputs).step}
-    works |= {name: make(inputs) for name, make in STEPS.items()}
+    works: dict[str, Work] = {"layer": from_function(wrap(moefy_layer))(inputs).step}
+    works |= {name: make(inputs, wrap) for name, make in STEPS.items()}
     for work in works.values():
         work()
     times = median_ms(works, inputs.x_TD.device, rep)
@@ -142,6 +180,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", type=name_list, default=("B",), metavar="X,X,...", help="some of A B Bz C Cz D E"
     )
+    parser.add_argument(
+        "--modes",
+        type=name_list,
+        default=tuple(MODES),
+        metavar="X,X",
+        help="some of eager compiled; default both",
+    )
     parser.add_argument("--device", help="cuda, cuda:N or cpu; default cuda where there is one")
     parser.add_argument("--rep", type=float, metavar="MS", help="time to spend on each figure")
 
@@ -151,10 +196,17 @@ def _run(args: argparse.Namespace) -> RoutingCost:
     shapes = {name: shape for name, shape in shapes_for(device, args.shapes).items() if not shape.decode}
     if not shapes:
         raise ConfigError("shapes", got=",".join(args.shapes), expected="shapes that train: A B Bz C Cz D E")
+    unknown = [mode for mode in args.modes if mode not in MODES]
+    if unknown or not args.modes:
+        raise ConfigError("modes", got=",".join(args.modes), expected=f"some of {', '.join(MODES)}")
     rep = rep_from(args.rep, device)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    return RoutingCost(device=name, ms={k: measure(draw_inputs(v, device), rep) for k, v in shapes.items()})
+    ms: dict[str, dict[str, dict[str, float]]] = {}
+    for shape in shapes:
+        inputs = draw_inputs(shapes[shape], device)
+        ms[shape] = {mode: measure(inputs, rep, MODES[mode]) for mode in args.modes}
+    return RoutingCost(device=name, ms=ms)
 
 
 ROUTING_COST = Benchmark(
