@@ -87,6 +87,7 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     module, attribute = kernel.name.split(":")
     function = getattr(importlib.import_module(module), attribute).jitted
@@ -98,7 +99,8 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
         for place, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name in kernel.aligned
     }
-    source = ASTSource(fn=function, signature=signature, constexprs=kernel.constexprs, attrs=attributes)
+    kind = GluonASTSource if function.is_gluon() else ASTSource
+    source = kind(fn=function, signature=signature, constexprs=kernel.constexprs, attrs=attributes)
     target = GPUTarget("hip", f"gfx{arch}", 64) if arch in AMD else GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=kernel.options)
     usage = _amd_usage(compiled.asm["amdgcn"]) if arch in AMD else _usage(compiled.asm["cubin"])

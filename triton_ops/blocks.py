@@ -71,10 +71,15 @@ def blocks(kernel: Kernel, dtype: torch.dtype, rows: int, experts: int, device: 
     """The tile for ``rows`` rows over ``experts`` experts."""
     if dtype is torch.float32:
         return _FULL_PRECISION
-    if not kernel.endswith("weight_grad") and rows < 48 * experts:
+    if not kernel.endswith("weight_grad") and not fills_wide_tiles(rows, experts):
         m = 16 if rows < 16 * experts else 32
         return Blocks(m=m, n=64 if kernel == "glu_entry" else 128, k=128, warps=4, stages=3, per_processor=3)
     return (_WIDE if has_tma(device) and _holds_wide_tiles(device) else _AMPERE)[kernel]
+
+
+def fills_wide_tiles(rows: int, experts: int) -> bool:
+    """Whether an expert has enough rows, on average, for tiles of 128."""
+    return rows >= 48 * experts
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
+from moefy.triton_ops import hopper
 from moefy.triton_ops.activations import activate
 from moefy.triton_ops.blocks import (
     Blocks,
@@ -72,6 +73,24 @@ def entry(
     """
     (rows, width), depth = hidden_NH.shape, x_TD.shape[1]
     if not rows or not width:
+        return
+    if width < COPY_TOKENS_FROM and hopper.takes_entry(x_TD, w_gate, w_up, rows):
+        from moefy.triton_ops.hopper.entry import entry as entry_on_hopper
+
+        entry_on_hopper(
+            x_TD,
+            order_N,
+            top_k,
+            schedule,
+            w_gate,
+            b_gate,
+            w_up,
+            b_up,
+            gate_out,
+            up_out,
+            hidden_NH,
+            activation,
+        )
         return
     glu = w_gate is not None
     block = blocks("glu_entry" if glu else "entry", x_TD.dtype, rows, schedule.num_experts, x_TD.device)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moefy.triton_ops import hopper
 from moefy.triton_ops.blocks import blocks
 from moefy.triton_ops.entry import entry
 from moefy.triton_ops.gather_sum import gather_sum, spread
@@ -159,18 +160,29 @@ def _exit_backward(
     order_N, top_k, at = experts.order_N, experts.top_k, tiles.of("hidden_grad")
     grads: dict[str, Tensor] = {}
     weighted_NH = _empty(up_NH, *up_NH.shape)
+    rows = None
+    if hopper.takes_hidden_grad(grad_TD, experts.w_down, gate_NH, up_NH):
+        rows = spread(grad_TD, tiles.row_of_slot_N, top_k)
     parts = hidden_grad(
-        grad_TD, experts.weights_TK, order_N, at, experts.w_down, gate_NH, up_NH, dgate_NH, dup_NH, weighted_NH,
-        experts.activation,
+        grad_TD if rows is None else rows, experts.weights_TK, order_N, at, experts.w_down,
+        gate_NH, up_NH, dgate_NH, dup_NH, weighted_NH, experts.activation, gather=rows is None,
     )  # fmt: skip
     if wanted["weights"]:
         grads["weights"] = _empty(experts.weights_TK, *experts.weights_TK.shape)
         weights_grad(parts, order_N, grad_TD, experts.b_down, at, grads["weights"])
     if wanted["w_down"]:
-        gathered = weighted_NH.shape[1] < COPY_GRADIENT_FROM
-        rows = grad_TD if gathered else spread(grad_TD, tiles.row_of_slot_N, top_k)
+        if rows is None and weighted_NH.shape[1] >= COPY_GRADIENT_FROM:
+            rows = spread(grad_TD, tiles.row_of_slot_N, top_k)
         grads["w_down"] = _empty(experts.w_down, *experts.w_down.shape)
-        weight_grad(rows, weighted_NH, order_N, top_k, at, grads["w_down"], gather_g=gathered)
+        weight_grad(
+            grad_TD if rows is None else rows,
+            weighted_NH,
+            order_N,
+            top_k,
+            at,
+            grads["w_down"],
+            gather_g=rows is None,
+        )
     if wanted["b_down"] and experts.b_down is not None:
         grads["b_down"] = _empty(experts.b_down, *experts.b_down.shape)
         bias_grad(grad_TD, experts.weights_TK, order_N, top_k, at, grads["b_down"], gather=True)

@@ -22,6 +22,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from moefy.triton_ops import hopper
 from moefy.triton_ops.activations import activate_backward
 from moefy.triton_ops.blocks import blocks, cdiv, describable, descriptor, has_tma, precision, processors
 from moefy.triton_ops.launch import jit, kernel
@@ -46,7 +47,7 @@ def hidden_grad(
     """Fill ``dgate_NH``, ``dup_NH`` and ``weighted_NH``; return the parts of the routing gradient, [parts, N] fp32.
 
     Args:
-        grad_TD: the output's gradient; features side by side.
+        grad_TD: the output's gradient; features side by side. Without ``gather`` [N, D], that of each row.
         weights_TK: [T, K] routing weights, contiguous.
         order_N: [N] int64, the slot of each row.
         schedule: the tiles of the rows; its ``block_rows`` is this kernel's.
@@ -57,7 +58,24 @@ def hidden_grad(
         dup_NH: the other gradient, of dgate_NH's stride.
         weighted_NH: hidden values times routing weight.
         activation: a name of ``triton_ops.activations``.
+        gather: whether row r of the gradient is that of token ``order[r] // K``.
     """
+    if not gather and hopper.takes_hidden_grad(grad_TD, w_down, gate_NH, up_NH):
+        from moefy.triton_ops.hopper.hidden_grad import hidden_grad as hidden_grad_on_hopper
+
+        return hidden_grad_on_hopper(
+            grad_TD,
+            weights_TK,
+            order_N,
+            schedule,
+            w_down,
+            gate_NH,
+            up_NH,
+            dgate_NH,
+            dup_NH,
+            weighted_NH,
+            activation,
+        )
     rows, width = up_NH.shape
     depth = grad_TD.shape[1]
     block = blocks("hidden_grad", grad_TD.dtype, rows, schedule.num_experts, grad_TD.device)

@@ -33,8 +33,8 @@ class Kernel:
     without launching.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
-        self.jitted = jit(function, **options) if options else jit(function)
+    def __init__(self, function: Callable[..., Any], by: Callable[..., Any] = jit, **options: Any) -> None:
+        self.jitted = by(**options)(function) if options else by(function)
         self._interpreted = not isinstance(self.jitted, triton.JITFunction)
         self._compiled: dict[Any, Any] = {}
         self.__name__, self.__module__, self.__doc__ = (
@@ -77,11 +77,13 @@ def _trait(value: Any) -> Any:
     return value.base.dtype, *value.block_shape
 
 
-def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Declare a kernel; ``options`` are those of ``triton.jit``."""
+def kernel(
+    function: Callable[..., Any] | None = None, *, by: Callable[..., Any] = jit, **options: Any
+) -> Any:
+    """Declare a kernel; ``by`` is ``triton.jit`` or Gluon's, ``options`` are theirs."""
     if function is None:
-        return functools.partial(Kernel, **options)
-    return Kernel(function)
+        return functools.partial(Kernel, by=by, **options)
+    return Kernel(function, by)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from moefy.triton_ops import hopper
 from moefy.triton_ops.blocks import (
     Kernel,
     blocks,
@@ -46,6 +47,11 @@ def weight_grad(
     """
     experts, height, width = out_EOI.shape
     if not height or not width or not experts:
+        return
+    if not gather_g and not gather_x and hopper.takes_weight_grad(g, x, out_EOI):
+        from moefy.triton_ops.hopper.weight_grad import weight_grad as weight_grad_on_hopper
+
+        weight_grad_on_hopper(g, x, schedule, out_EOI)
         return
     kernel: Kernel = "gathered_weight_grad" if gather_g or gather_x else "weight_grad"
     block = blocks(kernel, g.dtype, order_N.shape[0], experts, g.device)

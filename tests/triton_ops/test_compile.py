@@ -6,6 +6,7 @@ A kernel joins by a row in ``KERNELS``. Contract: what a row holds comes from th
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -201,7 +202,55 @@ def row_movers(dtype: torch.dtype) -> list[Kernel]:
     ]  # fmt: skip
 
 
+def hopper_kernels() -> list[Kernel]:
+    """What runs on Hopper alone, in Gluon: GLU and plain, with every epilogue there is, in bf16."""
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
+
+    from moefy.triton_ops.hopper import TILE_M, TILE_N, entry, hidden_grad, weight_grad
+
+    def tile(*block: int) -> str:
+        layout = NVMMASharedLayout.get_default_for(list(block), bfloat16)
+        return f"tensordesc<bf16[{block[0]}, {block[1]}],{layout!r}>"
+
+    def row(module: Any, pointers: str, tiles: dict[str, str], **constants: object) -> Kernel:
+        name = module.__name__.rpartition(".")[2]
+        function = getattr(module, f"_{name}_kernel")
+        types = (
+            dict.fromkeys(pointers.split(), "*bf16")
+            | {"order": "*i64", "parts": "*fp32", "weights": "*fp32"}
+            | TABLES
+            | tiles
+        )
+        constants |= {
+            "M": TILE_M,
+            "N": TILE_N,
+            "STEP": module.STEP,
+            "STAGES": module.STAGES,
+            "GROUP": module.GROUP,
+        }
+        signature = {n: types.get(n, "i32") for n in function.arg_names if n not in constants}
+        aligned = tuple(n for n, kind in signature.items() if kind == "i32")
+        return Kernel(
+            f"{module.__name__}:_{name}_kernel", signature, constants, {"num_warps": 8}, aligned, (90,)
+        )
+
+    kernels = []
+    for glu, act in ((True, "silu"), (False, "gelu")):
+        weights = tile(TILE_N // 2 if glu else TILE_N, entry.STEP)
+        kernels.append(
+            row(entry, "x b_gate b_up gate_out up_out hidden_out", {"gate_tiles": weights, "up_tiles": weights},
+                K=8, ACT=act, GLU=glu, GATE_BIAS=glu, UP_BIAS=True, SAVE=True, EVEN=glu)
+        )  # fmt: skip
+        tiles = {"grad_tiles": tile(TILE_M, hidden_grad.STEP), "w_tiles": tile(hidden_grad.STEP, TILE_N)}
+        kernels += [row(hidden_grad, "gate up dgate dup weighted", tiles, ACT=act, GLU=glu, EVEN=even)
+                    for even in (True, False)]  # fmt: skip
+    tiles = {"g_tiles": tile(weight_grad.STEP, TILE_M), "x_tiles": tile(weight_grad.STEP, TILE_N)}
+    kernels.append(row(weight_grad, "", tiles | {"out_tiles": tile(TILE_M, TILE_N)}, TAKEN=weight_grad.TAKEN))
+    return kernels
+
+
 KERNELS: dict[str, list[Kernel]] = {
+    "on Hopper": hopper_kernels(),
     "rows in bf16": row_movers(HALF),
     "rows in fp32": row_movers(FULL),
     "expert FFN in bf16": ffn_kernels(HALF, 262144, tma=True),
@@ -242,13 +291,16 @@ def test_a_spill_and_too_much_shared_memory_are_faults():
 
 def test_every_kernel_of_the_package_has_a_row():
     """A kernel that joins the package joins this list."""
+    package = ROOT / "triton_ops"
     modules = [
-        path.stem for path in (ROOT / "triton_ops").glob("*.py") if path.stem not in ("__init__", "launch")
+        ".".join(("moefy.triton_ops", *path.relative_to(package).with_suffix("").parts))
+        for path in package.rglob("*.py")
+        if path.stem not in ("__init__", "launch")
     ]
     found = {
-        f"moefy.triton_ops.{module}:{name}"
+        f"{module}:{name}"
         for module in modules
-        for name, value in vars(importlib.import_module(f"moefy.triton_ops.{module}")).items()
-        if isinstance(value, launch.Kernel) and value.__module__ == f"moefy.triton_ops.{module}"
+        for name, value in vars(importlib.import_module(module)).items()
+        if isinstance(value, launch.Kernel) and value.__module__ == module
     }
     assert found == {kernel.name for several in KERNELS.values() for kernel in several}

@@ -229,6 +229,24 @@ def test_odd_sizes(name, device, guard_bands):
     check(ODD[name], device, guard_bands)
 
 
+WIDE = {
+    "whole tiles": Case(T=256, D=128, H=256, O=128, E=2, glu="merged_gate_first"),
+    "uneven": Case(T=170, D=208, H=136, O=192, E=3, glu="separate"),
+    "merged, in place": Case(T=150, D=64, H=264, O=256, E=3, glu="merged_gate_last", in_place=True),
+    "plain": Case(T=170, D=144, H=384, O=64, E=3, glu="none", activation="gelu_tanh"),
+    "no biases": Case(T=130, D=64, H=512, O=128, E=2, glu="none", bias=False, activation="relu2"),
+    "dropped": Case(T=200, D=80, H=128, O=128, E=3, routing="dropped", activation="sigmoid"),
+    "one expert": Case(T=150, D=128, H=128, O=64, E=5, routing="one expert", glu="merged_gate_first"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_rows_enough_for_wide_tiles(name, dtype, device, guard_bands):
+    """Tiles of 128 rows; on a Hopper card the kernels of ``triton_ops.hopper``."""
+    check(dataclasses.replace(WIDE[name], dtype=dtype), device, guard_bands)
+
+
 @pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first", "merged_gate_last"])
 def test_gradients_may_take_the_place_of_the_pre_activations(glu, device, guard_bands):
     check(Case(glu=glu, in_place=True), device, guard_bands)

@@ -1,0 +1,121 @@
+"""When the kernels for Hopper run, and on such a card: what only they could get wrong.
+
+What they compute is tested by ``test_expert_ffn.py``: its wide cases run them on a Hopper card. They
+are written in Gluon, which has no interpreter: without a card they are compiled (``test_compile.py``), not run.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moefy.triton_ops import expert_ffn, hopper, weight_grad
+from moefy.triton_ops.tiles import schedule
+
+HALF = torch.bfloat16
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9),
+    reason="needs a Hopper card",
+)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """As if every device were a Hopper card."""
+    monkeypatch.setattr(hopper, "supported", lambda device: True)
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=HALF)
+
+
+def test_other_devices_run_the_other_kernels():
+    assert not hopper.supported(torch.device("cpu"))
+    assert not hopper.takes_entry(half(256, 64), None, half(2, 64, 64), 512)
+
+
+def test_what_the_entry_takes(everywhere):
+    x, w = half(256, 64), half(2, 96, 64)
+    assert hopper.takes_entry(x, None, w, 512)
+    assert hopper.takes_entry(
+        x, *half(2, 192, 64).unflatten(1, (2, 96)).unbind(1), 512
+    )  # a merged weight's halves
+    assert not hopper.takes_entry(x, None, w, 95)  # few rows
+    assert not hopper.takes_entry(x.float(), None, w.float(), 512)
+    assert not hopper.takes_entry(half(256, 72), None, half(2, 96, 72), 512)  # no multiple of 16
+    assert not hopper.takes_entry(half(257, 64)[:, 1:61], None, w, 512)  # not on 16 bytes
+
+
+def test_what_the_hidden_gradient_takes(everywhere):
+    grad, w, up = half(512, 128), half(2, 128, 96), half(512, 96)
+    assert hopper.takes_hidden_grad(grad, w, None, up)
+    assert hopper.takes_hidden_grad(grad, w, *half(512, 192).chunk(2, 1))
+    assert not hopper.takes_hidden_grad(
+        half(512, 96), half(2, 96, 96), None, up
+    )  # its last step would be half a step
+    assert not hopper.takes_hidden_grad(
+        grad, half(2, 160, 96)[:, :128], None, up
+    )  # experts with a gap between
+    assert not hopper.takes_hidden_grad(grad, w, None, half(512, 100)[:, :96])  # rows of 200 bytes
+
+
+def test_what_the_weight_gradient_takes(everywhere):
+    g, x, out = half(512, 256), half(512, 96), half(2, 256, 96)
+    assert hopper.takes_weight_grad(g, x, out)
+    assert hopper.takes_weight_grad(g, x[:, :32], out[:, :, 64:])  # a block of columns
+    assert not hopper.takes_weight_grad(
+        half(512, 192), x, half(2, 192, 96)
+    )  # a tile would reach the next expert
+    assert not hopper.takes_weight_grad(half(64, 256), x[:64], out)
+
+
+@needs_hopper
+def test_they_run_on_hopper():
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert hopper.supported(device)
+
+
+@needs_hopper
+@pytest.mark.parametrize("counts", [[130, 0, 257, 63], [0, 450, 0, 0], [1, 31, 33, 385]])
+def test_another_experts_nan_stays_there(counts):
+    """Rows behind an expert's last lie in its last stage, whatever they hold."""
+    counts_E = torch.tensor(counts)
+    offsets_E = counts_E.cumsum(0).int().cuda()
+    rows, spoilt = int(counts_E.sum()), int(counts_E.argmax())
+    g, x = torch.randn(rows, 256).cuda().to(HALF), torch.randn(rows, 320).cuda().to(HALF)
+    start = int(offsets_E[spoilt]) - counts[spoilt]
+    g[start : int(offsets_E[spoilt])] = x[start : int(offsets_E[spoilt])] = float("nan")
+    out_EOI = torch.empty(4, 256, 320, dtype=HALF, device="cuda")
+    assert hopper.takes_weight_grad(g, x, out_EOI)
+    order_N = torch.arange(rows, device="cuda")
+    weight_grad.weight_grad(g, x, order_N, 1, schedule(offsets_E, rows, 128), out_EOI)
+    for e, count in enumerate(counts):
+        first = int(counts_E[:e].sum())
+        want = g[first : first + count].double().T @ x[first : first + count].double()
+        if e == spoilt:
+            assert out_EOI[e].isnan().all()
+        else:
+            assert torch.allclose(out_EOI[e].double(), want, rtol=2**-8, atol=1e-3 * max(count, 1) ** 0.5)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_very_different_size(dtype):
+    """A row is handed over in fp16 with a power of two of its own; each value keeps the precision of its dtype."""
+    E, K, T, D, H = 2, 1, 512, 64, 256
+    device = torch.device("cuda", torch.cuda.current_device())
+    reach = 12 if dtype is torch.float16 else 60
+    x = torch.randn(T, D, device=device) * torch.exp2(torch.randint(-reach, 3, (T, 1), device=device).float())
+    x, w_up = x.to(dtype), torch.randn(E, H, D, device=device).to(dtype)
+    offsets_E = torch.tensor([200, 512], dtype=torch.int32, device=device)
+    experts = expert_ffn.Experts(
+        weights_TK=torch.ones(T, K, device=device), order_N=torch.arange(T, device=device), offsets_E=offsets_E,
+        w_gate=None, b_gate=None, w_up=w_up, b_up=None, w_down=torch.zeros(E, D, H, device=device, dtype=dtype),
+        b_down=None, activation="identity",
+    )  # fmt: skip
+    assert hopper.takes_entry(x, None, w_up, T)
+    got = expert_ffn.hidden(x, experts, None, None).double()
+    want = torch.cat([x[:200].double() @ w_up[0].double().T, x[200:].double() @ w_up[1].double().T])
+    rounding = 2**-11 + (2**-8 if dtype is torch.bfloat16 else 0)  # fp16's, then that of the dtype
+    size = x.double().norm(dim=1, keepdim=True) * D**0.5  # a sum in fp32 is exact to 2^-20 of that
+    assert ((got - want).abs() <= rounding * want.abs() + 2**-20 * size + 6e-8).all()

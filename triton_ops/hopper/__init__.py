@@ -1,0 +1,83 @@
+"""The products of an FFN for Hopper, in Gluon: warps that load, warps that multiply, warps that finish.
+
+In ``moefy.triton_ops`` proper a program multiplies a tile, then finishes it, and the tensor cores wait. Here one warp
+group of a program finishes the last tile while two multiply the next one, and a loader is ahead of both.
+
+Contract: each module does what its namesake one level up does, for bf16 and fp16 on compute capability 9.x, when the
+function ``takes_...`` here says so. The names of Gluon change with Triton's versions; where one is missing, nothing
+is taken and the kernels one level up run.
+
+    pipeline                             the ring of stages, the products, how a tile is handed over
+    entry, hidden_grad, weight_grad      the kernels
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moefy.triton_ops.blocks import describable, fills_wide_tiles
+
+# A tile of every kernel here, rows by columns.
+TILE_M, TILE_N = 128, 256
+
+
+@functools.cache
+def supported(device: torch.device) -> bool:
+    """Whether ``device`` is a Hopper card and the installed Triton has the Gluon that is written here."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        from moefy.triton_ops.hopper import entry, hidden_grad, weight_grad  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def takes_entry(x_TD: Tensor, w_gate: Tensor | None, w_up: Tensor, rows: int) -> bool:
+    """Whether ``entry`` can read these tokens and matrices."""
+    weights = (w_up,) if w_gate is None else (w_gate, w_up)
+    return (
+        _takes(x_TD, rows, w_up.shape[0])
+        and describable(x_TD, *weights)
+        and x_TD.shape[1] % 16 == 0  # Triton knows of multiples of 16 alone, and masks eight columns as one
+        and all(rows_apart(w) for w in weights)
+    )
+
+
+def takes_hidden_grad(grad: Tensor, w_down: Tensor, gate: Tensor | None, up: Tensor) -> bool:
+    """Whether ``hidden_grad`` can read these; ``grad`` stands for the tokens' gradient or its rows."""
+    width = up.shape[1]
+    saved = (up,) if gate is None else (gate, up)
+    return (
+        _takes(grad, up.shape[0], w_down.shape[0])
+        and describable(grad, w_down, *saved)
+        and width % 8 == 0
+        and grad.shape[1] % 64 == 0
+        and rows_apart(w_down) == w_down.shape[1]
+    )
+
+
+def takes_weight_grad(g: Tensor, x: Tensor, out_EOI: Tensor) -> bool:
+    """Whether ``weight_grad`` can read these rows and write there."""
+    return (
+        _takes(g, g.shape[0], out_EOI.shape[0])
+        and describable(g, x, out_EOI)
+        and out_EOI.shape[1] % TILE_M == 0
+        and rows_apart(out_EOI) == out_EOI.shape[1]
+    )
+
+
+def rows_apart(w: Tensor) -> int:
+    """How many rows of ``w`` [E, rows, columns] one expert's first row lies before the next's; 0 if not whole."""
+    apart, rest = divmod(w.stride(0), w.stride(1))
+    return 0 if rest else apart
+
+
+def _takes(x: Tensor, rows: int, experts: int) -> bool:
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and fills_wide_tiles(rows, experts) and supported(x.device)

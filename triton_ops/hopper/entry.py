@@ -1,0 +1,219 @@
+"""The experts' entry on Hopper: see ``moefy.triton_ops.entry``, whose contract this is.
+
+Two warps gather the tokens' rows and ask for the weights, eight multiply, two add the bias, activate and store.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# Gluon types its layouts and ranges as what they are outside a kernel.
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from moefy.triton_ops.activations import activate
+from moefy.triton_ops.blocks import cdiv, processors
+from moefy.triton_ops.hopper import TILE_M, TILE_N, rows_apart
+from moefy.triton_ops.hopper.pipeline import (
+    STASH,
+    VECTOR,
+    accumulate,
+    advance,
+    descriptor,
+    jit,
+    load_tile,
+    load_values,
+    mbarrier,
+    put_scaled,
+    ready,
+    reinterpret,
+    release,
+    ring,
+    turns,
+    values_loaded,
+)
+from moefy.triton_ops.launch import kernel
+from moefy.triton_ops.tiles import Schedule, count_tiles, locate
+
+# 64 columns are 128 bytes, a line of L2: gathered in halves of a line the same rows took up to 1.6 times as long.
+STEP, STAGES, GROUP = 64, 3, 16
+
+
+def entry(
+    x_TD: Tensor, order_N: Tensor, top_k: int, schedule: Schedule,
+    w_gate: Tensor | None, b_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None,
+    gate_out: Tensor | None, up_out: Tensor | None, hidden_NH: Tensor, activation: str,
+) -> None:  # fmt: skip
+    """Fill ``hidden_NH`` and, where given, ``gate_out`` and ``up_out``; arguments as one level up."""
+    width, depth = hidden_NH.shape[1], x_TD.shape[1]
+    columns = TILE_N if w_gate is None else TILE_N // 2
+    tiles = schedule.max_tiles * cdiv(width, columns)
+    up_tiles = descriptor(w_up, columns, STEP)
+    gate_tiles = up_tiles if w_gate is None else descriptor(w_gate, columns, STEP)
+    bias = b_up if b_up is not None else b_gate
+    given = [hidden_NH if t is None else t for t in (b_gate, b_up, gate_out, up_out)]
+    _entry_kernel[(min(tiles, processors(x_TD.device)),)](
+        x_TD, order_N, gate_tiles, up_tiles, *given, hidden_NH,
+        schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width,
+        0 if w_gate is None else rows_apart(w_gate), rows_apart(w_up),
+        x_TD.stride(0), given[2].stride(0), given[3].stride(0), hidden_NH.stride(0),
+        0 if bias is None else bias.stride(0),
+        K=top_k, ACT=activation, GLU=w_gate is not None, GATE_BIAS=b_gate is not None, UP_BIAS=b_up is not None,
+        SAVE=up_out is not None, EVEN=depth % STEP == 0, M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP,
+        num_warps=8,
+    )  # fmt: skip
+
+
+@kernel(by=jit)
+def _entry_kernel(
+    x, order, gate_tiles, up_tiles, b_gate, b_up, gate_out, up_out, hidden_out,
+    expert_of_tile, experts, num_experts, depth, width, gate_apart, up_apart,
+    stride_x, stride_gate, stride_up, stride_hidden, stride_bias,
+    K: gl.constexpr, ACT: gl.constexpr, GLU: gl.constexpr, GATE_BIAS: gl.constexpr, UP_BIAS: gl.constexpr,
+    SAVE: gl.constexpr, EVEN: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = x.dtype.element_ty
+    a_buf = gl.allocate_shared_memory(
+        dtype, [STAGES, M, STEP], gl.NVMMASharedLayout.get_default_for([M, STEP], dtype)
+    )
+    b_buf = gl.allocate_shared_memory(dtype, [STAGES, N, STEP], up_tiles.layout)
+    stash = gl.allocate_shared_memory(gl.float16, [M, N], STASH)
+    scales = gl.allocate_shared_memory(gl.float32, [M], VECTOR)
+    full, empty = ring(STAGES, 1 + 2 * 32)
+    stash_full, stash_empty = turns(1)
+    ready()
+    eights = reinterpret(stash, gl.float16, [M // 8, 8, N], STASH)
+    scales_8 = reinterpret(scales, gl.float32, [M // 8, 8], VECTOR)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
+                expert_of_tile, experts, num_experts, depth, width, GLU, M, N, STEP, STAGES,
+            )),
+            (_finish, (
+                eights, scales_8, stash_full, stash_empty, b_gate, b_up, gate_out, up_out, hidden_out,
+                expert_of_tile, experts, num_experts, width, stride_gate, stride_up, stride_hidden, stride_bias,
+                ACT, GLU, GATE_BIAS, UP_BIAS, SAVE, M, N, GROUP,
+            )),
+            (_load, (
+                x, order, gate_tiles, up_tiles, a_buf, b_buf, full, empty,
+                expert_of_tile, experts, num_experts, depth, width, gate_apart, up_apart, stride_x,
+                K, GLU, EVEN, M, N, STEP, STAGES, GROUP,
+            )),
+        ],
+        [2, 2],
+        [160, 160],
+    )  # fmt: skip
+
+
+@jit
+def _load(
+    x, order, gate_tiles, up_tiles, a_buf, b_buf, full, empty,
+    expert_of_tile, experts, num_experts, depth, width, gate_apart, up_apart, stride_x,
+    K: gl.constexpr, GLU: gl.constexpr, EVEN: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // STEP, STEP // 8], [gl.num_warps(), 1], [1, 0])
+    C: gl.constexpr = N // 2 if GLU else N
+    column_tiles = tl.cdiv(width, C)
+    ms = gl.arange(0, M, gl.SliceLayout(1, L))
+    ks = gl.arange(0, STEP, gl.SliceLayout(0, L))
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
+        expert, row, end, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
+        slot = gl.load(order + row + ms, row + ms < end, other=0)
+        at = x + ((slot // K).to(gl.int64) * stride_x)[:, None] + ks[None, :]
+        for k in range(0, gl.where(expert < num_experts, depth, 0), STEP):
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            if EVEN:
+                load_values(a_buf.index(stage), at + k)
+            else:
+                load_values(a_buf.index(stage), at + k, (ms >= 0)[:, None] & (k + ks < depth)[None, :])
+            values_loaded(full.index(stage), increment_count=False)
+            mbarrier.expect(full.index(stage), N * STEP * 2)
+            up_at = expert * up_apart + column * C
+            if GLU:
+                gate_at = expert * gate_apart + column * C
+                load_tile(gate_tiles, [gate_at, k], full.index(stage), b_buf.index(stage).slice(0, C, dim=0))
+                load_tile(up_tiles, [up_at, k], full.index(stage), b_buf.index(stage).slice(C, C, dim=0))
+            else:
+                load_tile(up_tiles, [up_at, k], full.index(stage), b_buf.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
+
+
+@jit
+def _multiply(
+    a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
+    expert_of_tile, experts, num_experts, depth, width,
+    GLU: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    column_tiles = tl.cdiv(width, N // 2 if GLU else N)
+    stage = 0
+    phase = 0
+    turn = 0
+    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
+        expert = gl.load(expert_of_tile + tile // column_tiles)
+        acc = gl.zeros([M, N], gl.float32, ACC)
+        acc, stage, phase = accumulate(
+            acc, a_buf, b_buf, full, empty, stage, phase, gl.where(expert < num_experts, depth, 0),
+            False, True, False, STEP, STAGES,
+        )  # fmt: skip
+        put_scaled(acc, stash, scales, stash_full, stash_empty, turn)
+        turn ^= 1
+
+
+@jit
+def _finish(
+    stash, scales, stash_full, stash_empty, b_gate, b_up, gate_out, up_out, hidden_out,
+    expert_of_tile, experts, num_experts, width, stride_gate, stride_up, stride_hidden, stride_bias,
+    ACT: gl.constexpr, GLU: gl.constexpr, GATE_BIAS: gl.constexpr, UP_BIAS: gl.constexpr, SAVE: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Bias, activation and stores, eight rows by 128 columns at a time."""
+    C: gl.constexpr = 128
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    W: gl.constexpr = N // 2 if GLU else N
+    UP: gl.constexpr = N // 2 if GLU else 0
+    dtype: gl.constexpr = hidden_out.dtype.element_ty
+    column_tiles = tl.cdiv(width, W)
+    ms = gl.arange(0, 8, gl.SliceLayout(1, L))
+    ns = gl.arange(0, C, gl.SliceLayout(0, L))
+    turn = 0
+    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
+        expert, row, end, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
+        real = gl.where(expert < num_experts, width, 0)
+        mbarrier.wait(stash_full, turn)
+        for piece in range(0, M // 8):
+            base = row + piece * 8
+            scale = scales.index(piece).load(gl.SliceLayout(1, L))[:, None]
+            for first in gl.static_range(0, W, C):
+                at = column * W + first
+                mask = (base + ms < end)[:, None] & (at + ns < width)[None, :]
+                bias_at = expert.to(gl.int64) * stride_bias + at + ns
+                up = stash.index(piece).slice(UP + first, C, dim=1).load(L).to(gl.float32) * scale
+                if UP_BIAS:
+                    up += gl.load(b_up + bias_at, at + ns < real, other=0.0).to(gl.float32)[None, :]
+                if SAVE:
+                    out = up_out + (base.to(gl.int64) * stride_up + at)
+                    gl.store(out + (ms[:, None] * stride_up + ns[None, :]), up.to(dtype), mask)
+                if GLU:
+                    gate = stash.index(piece).slice(first, C, dim=1).load(L).to(gl.float32) * scale
+                    if GATE_BIAS:
+                        gate += gl.load(b_gate + bias_at, at + ns < real, other=0.0).to(gl.float32)[None, :]
+                    if SAVE:
+                        out = gate_out + (base.to(gl.int64) * stride_gate + at)
+                        gl.store(out + (ms[:, None] * stride_gate + ns[None, :]), gate.to(dtype), mask)
+                    hidden = activate(gate, ACT) * up
+                else:
+                    hidden = activate(up, ACT)
+                # sigmoid(0) is not 0: dropped rows have no hidden value
+                hidden = gl.where(real > 0, hidden, 0.0)
+                out = hidden_out + (base.to(gl.int64) * stride_hidden + at)
+                gl.store(out + (ms[:, None] * stride_hidden + ns[None, :]), hidden.to(dtype), mask)
+        release(stash_empty)
+        turn ^= 1

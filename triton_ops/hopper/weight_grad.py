@@ -1,0 +1,197 @@
+"""The gradients of the experts' matrices on Hopper: see ``moefy.triton_ops.weight_grad``, whose contract this is.
+
+Both sides come as rows sorted by expert. One warp takes tiles as the program becomes free, tells the others through a
+small ring, and loads; eight multiply; one stores the last tile by descriptor.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# Gluon types its layouts and ranges as what they are outside a kernel.
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from moefy.triton_ops.blocks import cdiv, processors
+from moefy.triton_ops.hopper import TILE_M, TILE_N
+from moefy.triton_ops.hopper.pipeline import (
+    VECTOR,
+    accumulate,
+    advance,
+    barrier,
+    descriptor,
+    jit,
+    load_tile,
+    mbarrier,
+    put_rounded,
+    ready,
+    ring,
+    store_tile,
+    store_wait,
+    turns,
+)
+from moefy.triton_ops.launch import kernel
+from moefy.triton_ops.tiles import Schedule
+
+STEP, STAGES, GROUP, TAKEN = 32, 6, 16, 4
+
+
+def weight_grad(g_NO: Tensor, x_NI: Tensor, schedule: Schedule, out_EOI: Tensor) -> None:
+    """Fill ``out_EOI`` from rows; arguments as one level up."""
+    experts, height, width = out_EOI.shape
+    tiles = experts * cdiv(height, TILE_M) * cdiv(width, TILE_N)
+    _weight_grad_kernel[(min(tiles, processors(g_NO.device)),)](
+        descriptor(g_NO, STEP, TILE_M), descriptor(x_NI, STEP, TILE_N), descriptor(out_EOI, TILE_M, TILE_N),
+        schedule.experts, schedule.next_counter(), experts, height, width,
+        M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP, TAKEN=TAKEN, num_warps=8,
+    )  # fmt: skip
+
+
+@kernel(by=jit, do_not_specialize=["counter"])
+def _weight_grad_kernel(
+    g_tiles, x_tiles, out_tiles, experts, counter, num_experts, height, width,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    TAKEN: gl.constexpr,
+):  # fmt: skip
+    a_buf = gl.allocate_shared_memory(g_tiles.dtype, [STAGES, STEP, M], g_tiles.layout)
+    b_buf = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, STEP, N], x_tiles.layout)
+    stash = gl.allocate_shared_memory(out_tiles.dtype, [M, N], out_tiles.layout)
+    full, empty = ring(STAGES, 1)
+    stash_full, stash_empty = turns(1)
+    taken = gl.allocate_shared_memory(gl.int32, [TAKEN, 1], VECTOR)
+    taken_full = gl.allocate_shared_memory(gl.int64, [TAKEN, 1], mbarrier.MBarrierLayout())
+    taken_empty = gl.allocate_shared_memory(gl.int64, [TAKEN, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(TAKEN):
+        mbarrier.init(taken_full.index(i), count=1)
+        mbarrier.init(taken_empty.index(i), count=2)
+    ready()
+    row_tiles = tl.cdiv(height, M)
+    column_tiles = tl.cdiv(width, N)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                a_buf, b_buf, stash, full, empty, stash_full, stash_empty, taken, taken_full, taken_empty,
+                experts, num_experts, row_tiles, column_tiles, M, N, STEP, STAGES, GROUP, TAKEN,
+            )),
+            (_store, (
+                out_tiles, stash, stash_full, stash_empty, taken, taken_full, taken_empty,
+                experts, num_experts, height, row_tiles, column_tiles, M, N, GROUP, TAKEN,
+            )),
+            (_load, (
+                g_tiles, x_tiles, a_buf, b_buf, full, empty, taken, taken_full, taken_empty,
+                experts, counter, num_experts, row_tiles, column_tiles, M, N, STEP, STAGES, GROUP, TAKEN,
+            )),
+        ],
+        [1, 1],
+        [40, 40],
+    )  # fmt: skip
+
+
+@jit
+def _place(
+    tile, experts, num_experts, row_tiles, column_tiles, M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr
+):
+    """``(expert, first row and column of the result, first row and end row of the expert)``."""
+    per_expert = row_tiles * column_tiles
+    expert = gl.load(experts + 4 * (num_experts + 1) + tile // per_expert)
+    local = tile % per_expert
+    group_first = local // (GROUP * column_tiles) * GROUP
+    group_size = gl.minimum(row_tiles - group_first, GROUP)
+    within = local % (GROUP * column_tiles)
+    m0 = (group_first + within % group_size) * M
+    n0 = within // group_size * N
+    return expert, m0, n0, gl.load(experts + 4 * expert + 2), gl.load(experts + 4 * expert + 3)
+
+
+@jit
+def _tell(tile, taken, taken_full, taken_empty, turn, TAKEN: gl.constexpr):
+    """Hand the ``turn``-th tile to the other warps; one behind the last tile ends their work."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    i = turn % TAKEN
+    mbarrier.wait(taken_empty.index(i), (turn // TAKEN & 1) ^ 1)
+    taken.index(i).store(gl.full([1], 0, gl.int32, L) + tile)
+    barrier()
+    mbarrier.arrive(taken_full.index(i), count=1)
+
+
+@jit
+def _hear(taken, taken_full, taken_empty, turn, TAKEN: gl.constexpr):
+    """The ``turn``-th tile."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    i = turn % TAKEN
+    mbarrier.wait(taken_full.index(i), turn // TAKEN & 1)
+    tile = gl.max(taken.index(i).load(L), 0)
+    barrier()
+    mbarrier.arrive(taken_empty.index(i), count=1)
+    return tile
+
+
+@jit
+def _load(
+    g_tiles, x_tiles, a_buf, b_buf, full, empty, taken, taken_full, taken_empty,
+    experts, counter, num_experts, row_tiles, column_tiles,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    TAKEN: gl.constexpr,
+):  # fmt: skip
+    total = num_experts * row_tiles * column_tiles
+    tile = gl.program_id(0)
+    stage = 0
+    phase = 0
+    turn = 0
+    while tile < total:
+        following = gl.atomic_add(experts + counter, 1, sem="relaxed") + gl.num_programs(0)
+        _tell(tile, taken, taken_full, taken_empty, turn, TAKEN)
+        turn += 1
+        _, m0, n0, start, end = _place(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        for row in range(start, end, STEP):
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(full.index(stage), (M + N) * STEP * 2)
+            load_tile(g_tiles, [row, m0], full.index(stage), a_buf.index(stage))
+            load_tile(x_tiles, [row, n0], full.index(stage), b_buf.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
+        tile = following
+    _tell(total, taken, taken_full, taken_empty, turn, TAKEN)
+
+
+@jit
+def _multiply(
+    a_buf, b_buf, stash, full, empty, stash_full, stash_empty, taken, taken_full, taken_empty,
+    experts, num_experts, row_tiles, column_tiles,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    TAKEN: gl.constexpr,
+):  # fmt: skip
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    total = num_experts * row_tiles * column_tiles
+    stage = 0
+    phase = 0
+    turn = 0
+    tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
+    while tile < total:
+        _, _, _, start, end = _place(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        acc = gl.zeros([M, N], gl.float32, ACC)
+        acc, stage, phase = accumulate(
+            acc, a_buf, b_buf, full, empty, stage, phase, end - start, True, False, True, STEP, STAGES
+        )
+        put_rounded(acc, stash, stash_full, stash_empty, turn & 1)
+        turn += 1
+        tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
+
+
+@jit
+def _store(
+    out_tiles, stash, stash_full, stash_empty, taken, taken_full, taken_empty,
+    experts, num_experts, height, row_tiles, column_tiles,
+    M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr, TAKEN: gl.constexpr,
+):  # fmt: skip
+    total = num_experts * row_tiles * column_tiles
+    turn = 0
+    tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
+    while tile < total:
+        expert, m0, n0, _, _ = _place(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        mbarrier.wait(stash_full, turn & 1)
+        store_tile(out_tiles, [expert * height + m0, n0], stash)
+        store_wait(0)
+        mbarrier.arrive(stash_empty, count=1)
+        turn += 1
+        tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
