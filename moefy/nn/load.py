@@ -102,10 +102,15 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` looks on; Dynamo of torch 2.11 takes ``torch.compiler.is_exporting`` as always true."""
+    return torch.compiler._is_exporting_flag
+
+
 def traced() -> bool:
     """Whether ``make_fx``, ``torch.export`` or a fake mode looks on."""
-    if torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
-        return torch.compiler.is_exporting()
+    if exporting() or torch.compiler.is_dynamo_compiling():
+        return exporting()
     kind = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (kind.PROXY, kind.FAKE))
 

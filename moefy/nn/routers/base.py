@@ -27,7 +27,7 @@ from moefy.nn import functional
 from moefy.nn.aux_loss import AuxState, Injected, layer_loss
 from moefy.nn.capacity import DEFAULT_CAPACITY, Seats, seat
 from moefy.nn.checked import check_scores
-from moefy.nn.load import LoadCounter, in_backward
+from moefy.nn.load import LoadCounter, exporting, in_backward
 from moefy.nn.routing import Choice, Routing
 from moefy.nn.seeding import seeded_generator
 
@@ -223,7 +223,7 @@ class Router(nn.Module):
         That is another one only where a reentrant checkpoint recomputes: there the auxiliary loss enters the graph.
         """
         state = self.aux_state
-        if not self.training or torch.compiler.is_exporting():
+        if not self.training or exporting():
             state.clear()
             return routing
         self.load_counter.count(routing)
