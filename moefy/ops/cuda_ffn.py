@@ -13,33 +13,37 @@ from torch import Tensor
 from moefy.ops.cuda_rows import rows_contiguous
 from moefy.ops.expert_kernels import Wanted, halves
 from moefy.ops.expert_parts import Layer
+from moefy.ops.saved_rows import give, take
 
 
 def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``expert_ffn`` by Triton kernels."""
-    *layer_args, save, _ = args
+    *layer_args, save, private = args
     layer = Layer._make(layer_args)
     from moefy.triton_ops import expert_ffn as kernels
 
     gate_rows, up_rows = _entry_buffers(layer) if save else (None, None)
     gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
     out_TD = kernels.forward(rows_contiguous(layer.x_TD), _experts(layer), gate_NH, up_NH)
-    nothing = layer.x_TD.new_empty(0), layer.x_TD.new_empty(0)  # two, since the results may not alias
-    return out_TD, nothing[0] if gate_rows is None else gate_rows, nothing[1] if up_rows is None else up_rows
+    first, up = (out_TD.new_empty(0) if rows is None else rows for rows in (gate_rows, up_rows))
+    if save and private:
+        give(first, up)
+    return out_TD, first, up
 
 
-def ffn_backward_cuda(grad_TD: Tensor, *args: Any, in_place: bool = False) -> tuple[Tensor, ...]:
-    """``expert_ffn_backward`` by Triton kernels; ``in_place`` writes over ``gate_rows`` and ``up_rows``."""
+def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """``expert_ffn_backward`` by Triton kernels; over the saved rows where these are its own."""
     *tensors, gate_rows, up_rows, activation, glu, mask = args
     layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
     from moefy.triton_ops import expert_ffn as kernels
 
     x_TD, experts = rows_contiguous(layer.x_TD), _experts(layer)
-    if up_rows.dim() == 1:  # not saved
+    gate_rows, up_rows, mine = take(gate_rows, up_rows)
+    if up_rows is None:
         gate_rows, up_rows = _entry_buffers(layer)
         kernels.hidden(x_TD, experts, *_gate_and_up(layer, gate_rows, up_rows))
     gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    dgate_rows, dup_rows = (gate_rows, up_rows) if in_place else _entry_buffers(layer)
+    dgate_rows, dup_rows = (gate_rows, up_rows) if mine else _entry_buffers(layer)
     dgate_NH, dup_NH = _gate_and_up(layer, dgate_rows, dup_rows)
     assert up_NH is not None and dup_NH is not None
     grads = kernels.backward(

@@ -16,7 +16,6 @@ them again. Dropped slots add nothing.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import torch
@@ -66,7 +65,7 @@ def _backward_fake(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, ctx.glu, _, ctx.private = inputs
+    *tensors, ctx.activation, ctx.glu, _, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
@@ -76,21 +75,10 @@ def _backward(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Tensor | None
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     mask = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     if grad_TD is not None:
-        op = _backward_in_place_op if ctx.private and _is_last_walk(grad_TD) else _backward_op
-        results = op(grad_TD, *ctx.saved_tensors, ctx.activation, ctx.glu, mask)
+        results = _backward_op(grad_TD, *ctx.saved_tensors, ctx.activation, ctx.glu, mask)
         for i, wanted, result in zip(_DIFFERENTIABLE, mask, results, strict=True):
             grads[i] = result if wanted else None
     return tuple(grads)
-
-
-def _is_last_walk(grad_TD: Tensor) -> bool:
-    """Whether this backward, outside of any trace, keeps no graph: nothing reads the saved pre-activations after it.
-
-    They are the largest tensors of the layer, and their gradients may take their place: with OLMoE's shapes the peak on
-    a GPU falls from 4.0 to 2.6 GiB; a CPU takes fresh memory page by page.
-    """
-    plain = type(grad_TD) is Tensor and torch._C._len_torch_dispatch_stack() == 0
-    return plain and not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -149,7 +137,7 @@ def composed(layer: Layer) -> Tensor:
     return combine(y_ND, layer.weights_TK, layer.order_N)
 
 
-# ``private``: the caller drops the saved rows, so that only autograd holds them.
+# ``private``: the caller drops the saved rows, so that only autograd holds them, and the backward may overwrite them.
 _op = register(
     f"expert_ffn({_ARGS}, str activation, str glu, bool save, bool private) -> (Tensor, Tensor, Tensor)",
     kernel=ffn_kernel,
@@ -163,15 +151,6 @@ _backward_op = register(
     kernel=ffn_backward_kernel,
     fake=_backward_fake,
     cuda=by_triton(ffn_backward_cuda, ffn_backward_kernel),
-)
-# The same, but the gradients of the pre-activations may be written over them. Without a formula of its own: it runs in
-# backwards that keep no graph.
-_backward_in_place_op = register(
-    f"expert_ffn_backward_(Tensor grad, {_ARGS}, Tensor(a!) gate_rows, Tensor(b!) up_rows, str activation, str glu, "
-    f"bool[8] mask) -> ({', '.join(['Tensor'] * 8)})",
-    kernel=functools.partial(ffn_backward_kernel, in_place=True),
-    fake=_backward_fake,
-    cuda=by_triton(functools.partial(ffn_backward_cuda, in_place=True), ffn_backward_kernel),
 )
 differentiable(_op, setup=_setup, backward=_backward)
 differentiable(_backward_op, setup=_setup_backward, backward=_double_backward)

@@ -24,6 +24,7 @@ from moefy.ops.expert_parts import Layer, Part, parts
 from moefy.ops.grouped_gemm import outer_products, row_sums, rows_dot, rows_times
 from moefy.ops.permute import WIDE_ELEMENTS, accumulation_dtype, place_of_slot, sum_places
 from moefy.ops.row_layout import InRows, Layout
+from moefy.ops.saved_rows import Saved, give, take
 
 BY_PLACE = frozenset(("x", "weights"))  # gradients that the kernels sum over the slots of a token
 
@@ -61,7 +62,7 @@ def _places(plan: list[Part], order_N: Tensor, top_k: int) -> Tensor:
 
 def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, activations or a separate gate's pre-activations, the other entry's)``; what is not saved is empty."""
-    *layer_args, save, _ = args
+    *layer_args, save, private = args
     layer = Layer._make(layer_args)
     checks.slots("expert_ffn", layer.order_N)
     plan = parts(layer, layer.bounds("expert_ffn"), products=1, saved=save * layer.saved_features)
@@ -81,7 +82,9 @@ def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     assert whole.y_PD is not None
     place_TK = _places(plan, layer.order_N, layer.weights_TK.shape[1])
     out_TD = sum_places(whole.y_PD, layer.weights_TK, place_TK)
-    first, up = (out_TD.new_empty(0) if saved is None else saved for saved in whole[1:])
+    first, up = (out_TD.new_empty(0) if rows is None else rows for rows in whole[1:])
+    if save and private:
+        give(first, up)
     return out_TD, first, up
 
 
@@ -115,23 +118,21 @@ def _forward(layer: Layer, layout: Layout, save: bool, room: Forward) -> Forward
     )
 
 
-def ffn_backward_kernel(grad_TD: Tensor, *args: Any, in_place: bool = False) -> tuple[Tensor, ...]:
-    """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); unasked ones are empty.
-
-    With ``in_place`` what was saved may be overwritten.
-    """
+def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); unasked ones are empty."""
     *tensors, first_rows, up_rows, activation, glu, mask = args
     layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
     checks.slots("expert_ffn_backward", layer.order_N)
-    saved = layer.saved_features if up_rows.dim() == 2 else 0
-    plan = parts(layer, layer.bounds("expert_ffn_backward"), products=2, saved=saved)
+    saved = take(first_rows, up_rows)
+    features = 0 if saved.up is None else layer.saved_features
+    plan = parts(layer, layer.bounds("expert_ffn_backward"), products=2, saved=features)
     whole: dict[str, Tensor] = {}
     if len(plan) > 1:
         whole = _gradients(layer, want, plan[-1].places.stop)
     for part in plan:
-        first, up = (saved[part.rows] if saved.dim() == 2 else None for saved in (first_rows, up_rows))
+        rows = Saved(_at(saved.first, part.rows), _at(saved.up, part.rows), saved.mine)
         room = {n: g[part.places if n in BY_PLACE else part.experts] for n, g in whole.items()}
-        done = _backward(part.of(layer), want, part.layout, grad_TD, first, up, room, in_place)
+        done = _backward(part.of(layer), want, part.layout, grad_TD, rows, room)
         whole = done if len(plan) == 1 else whole
         del done
     place_TK = _places(plan, layer.order_N, layer.weights_TK.shape[1])
@@ -163,10 +164,8 @@ def _backward(
     want: Wanted,
     layout: Layout,
     grad_TD: Tensor,
-    first_rows: Tensor | None,
-    up_rows: Tensor | None,
+    saved: Saved,
     room: dict[str, Tensor],
-    in_place: bool,
 ) -> dict[str, Tensor]:
     """The wanted gradients, x's and the routing weights' by place; written to ``room`` where there is any."""
     slot_P, top_k = layout.spread(layer.order_N), layer.weights_TK.shape[1]
@@ -174,13 +173,13 @@ def _backward(
     weight_P1 = layer.weights_TK.reshape(-1).index_select(0, slot_P).unsqueeze(1)
     x_PD = layout.cleared(layer.x_TD.index_select(0, token_P))
     grad_PD = layout.cleared(grad_TD.index_select(0, token_P))
-    first = None if first_rows is None else layout.spread(first_rows, zero=True)
+    first = None if saved.first is None else layout.spread(saved.first, zero=True)
     gate, acted_PH = (None, first) if layer.saves_acted else (first, None)
-    if up_rows is None:  # not saved
+    if saved.up is None:
         gate, up = (None if t is None else layout.cleared(t) for t in _entry(layer, x_PD, layout))
         assert up is not None
     else:
-        up = layout.spread(up_rows, zero=True)
+        up = layout.spread(saved.up, zero=True)
     dhidden_PH = layout.cleared(rows_times(grad_PD, layer.w_down.transpose(1, 2), None, layout))
     acted_PH, hidden_PH = _acted(layer, gate, up, acted_PH)
     result: dict[str, Tensor] = {}
@@ -193,7 +192,7 @@ def _backward(
     if want.b_down:
         result["b_down"] = row_sums(grad_PD, layout, out_EO=room.get("b_down"))
     del grad_PD
-    mine = in_place or up_rows is None or not isinstance(layout, InRows)
+    mine = saved.mine or not isinstance(layout, InRows)
     dw_P = _weigh(dhidden_PH, hidden_PH, weight_P1, want, mine or acted_PH is not hidden_PH)
     if want.weights:
         dw_P = (dw_P if on_bias_P is None else dw_P.add_(on_bias_P)).to(layer.weights_TK.dtype)

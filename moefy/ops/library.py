@@ -90,6 +90,7 @@ def _function(
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> type[torch.autograd.Function]:
     """``op`` as an autograd function, whose last argument is the dispatcher's key set."""
+    count = len(op._schema.arguments)
 
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
@@ -98,7 +99,7 @@ def _function(
         return result
 
     def backward_of_all(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.needs_input_grad = ctx.needs_input_grad[: len(op._schema.arguments)]
+        ctx.needs_input_grad = ctx.needs_input_grad[:count]
         return *backward(ctx, *grads), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}

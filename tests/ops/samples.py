@@ -142,19 +142,12 @@ def expert_ffn_backward(dtype: torch.dtype) -> list[Args]:
     return found
 
 
-def expert_ffn_backward_in_place(dtype: torch.dtype) -> list[Args]:
-    """The same without history: this one has no formula of its own."""
-    found = expert_ffn_backward(dtype)
-    return [tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for args in found]
-
-
-WITHOUT_GRADIENTS = frozenset({"expert_ffn_backward_", "first_run", "loss_scale", "sort_by_expert"})
+WITHOUT_GRADIENTS = frozenset({"first_run", "loss_scale", "sort_by_expert"})
 SAMPLES: dict[str, Callable[[torch.dtype], list[Args]]] = {
     "combine": combine,
     "combine_backward": combine_backward,
     "expert_ffn": expert_ffn,
     "expert_ffn_backward": expert_ffn_backward,
-    "expert_ffn_backward_": expert_ffn_backward_in_place,
     "first_run": first_run,
     "grouped_linear": grouped_linear,
     "grouped_linear_backward": grouped_linear_backward,

@@ -88,6 +88,38 @@ def test_a_retained_graph_can_be_walked_again(glu):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first"])
+def test_a_compiled_step_takes_no_more_memory(glu):
+    """The peak of forward and backward, at the shape of a layer whose saved rows are most of it."""
+    from moefy import ops
+
+    tokens_, width, hidden, experts, top_k = 8192, 512, 512, 8, 4
+    entry = 2 * hidden if glu.startswith("merged") else hidden
+    shapes = [(tokens_, width), (experts, entry, width), (experts, width, hidden)]
+    shapes += [(experts, hidden, width)] * (glu == "separate")
+    leaves = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
+    scores_TE = torch.randn(tokens_, experts, device="cuda")
+    weights_TK, index_TK = ops.top_k_softmax(scores_TE, top_k)
+    order_N, offsets_E = ops.sort_by_expert(index_TK, experts)
+
+    def layer(x_TD, w_up, w_down, w_gate=None):
+        return ops.expert_ffn(
+            x_TD, weights_TK, order_N, offsets_E, w_up, None, w_down, None,
+            w_gate=w_gate, activation="silu", glu=glu,
+        )  # fmt: skip
+
+    def peak(function) -> int:
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(function(*leaves).sum(), leaves)
+        return torch.cuda.max_memory_allocated() - before
+
+    eager = peak(layer)
+    assert peak(torch.compile(layer, fullgraph=True)) <= 1.02 * eager
+
+
+@pytest.mark.slow
 def test_more_than_2_31_elements():
     """Rows times hidden width beyond int32: the last tokens come out as they do alone, forward and backward."""
     from moefy import ops
