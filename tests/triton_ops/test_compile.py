@@ -237,10 +237,11 @@ def hopper_kernels() -> list[Kernel]:
     kernels = []
     for glu, act in ((True, "silu"), (False, "gelu")):
         weights = tile(TILE_N // 2 if glu else TILE_N, entry.STEP)
-        kernels.append(
+        kernels += [
             row(entry, "x b_gate b_up gate_out up_out hidden_out", {"gate_tiles": weights, "up_tiles": weights},
-                K=8, ACT=act, GLU=glu, GATE_BIAS=glu, UP_BIAS=True, SAVE=True, EVEN=glu)
-        )  # fmt: skip
+                K=8, ACT=act, GLU=glu, GATE_BIAS=glu, UP_BIAS=True, SAVE=True, EVEN=even, WHOLE=even)
+            for even in (True, False)
+        ]  # fmt: skip
         tiles = {"grad_tiles": tile(TILE_M, hidden_grad.STEP), "w_tiles": tile(hidden_grad.STEP, TILE_N)}
         kernels += [row(hidden_grad, "gate up dgate dup weighted", tiles, ACT=act, GLU=glu, EVEN=even)
                     for even in (True, False)]  # fmt: skip

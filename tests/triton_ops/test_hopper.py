@@ -98,23 +98,39 @@ def test_another_experts_nan_stays_there(counts):
             assert torch.allclose(out_EOI[e].double(), want, rtol=2**-8, atol=1e-3 * max(count, 1) ** 0.5)
 
 
+def identity_layer(w_up: torch.Tensor, ends: list[int]) -> expert_ffn.Experts:
+    """Experts of ``w_up`` [E, H, D] and nothing else, for rows that lie sorted."""
+    E, H, D = w_up.shape
+    device = w_up.device
+    return expert_ffn.Experts(
+        weights_TK=torch.ones(ends[-1], 1, device=device), order_N=torch.arange(ends[-1], device=device),
+        offsets_E=torch.tensor(ends, dtype=torch.int32, device=device), w_gate=None, b_gate=None, w_up=w_up, b_up=None,
+        w_down=torch.zeros(E, D, H, device=device, dtype=w_up.dtype), b_down=None, activation="identity",
+    )  # fmt: skip
+
+
+@needs_hopper
+@pytest.mark.parametrize("spoilt", [2.0**100, float("inf"), float("nan")])
+def test_another_experts_matrix_does_not_set_the_scale(spoilt):
+    """Behind a matrix of 136 rows a tile reads on in the next expert's."""
+    x, w_up = torch.randn(512, 64).cuda().to(HALF), torch.randn(2, 136, 64).cuda().to(HALF)
+    want = expert_ffn.hidden(x, identity_layer(w_up, [200, 512]), None, None)[:200]
+    w_up[1] *= spoilt
+    assert hopper.takes_entry(x, None, w_up, 512)
+    assert torch.equal(expert_ffn.hidden(x, identity_layer(w_up, [200, 512]), None, None)[:200], want)
+
+
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_of_very_different_size(dtype):
     """A row is handed over in fp16 with a power of two of its own; each value keeps the precision of its dtype."""
-    E, K, T, D, H = 2, 1, 512, 64, 256
+    E, T, D, H = 2, 512, 64, 256
     device = torch.device("cuda", torch.cuda.current_device())
     reach = 12 if dtype is torch.float16 else 60
     x = torch.randn(T, D, device=device) * torch.exp2(torch.randint(-reach, 3, (T, 1), device=device).float())
     x, w_up = x.to(dtype), torch.randn(E, H, D, device=device).to(dtype)
-    offsets_E = torch.tensor([200, 512], dtype=torch.int32, device=device)
-    experts = expert_ffn.Experts(
-        weights_TK=torch.ones(T, K, device=device), order_N=torch.arange(T, device=device), offsets_E=offsets_E,
-        w_gate=None, b_gate=None, w_up=w_up, b_up=None, w_down=torch.zeros(E, D, H, device=device, dtype=dtype),
-        b_down=None, activation="identity",
-    )  # fmt: skip
     assert hopper.takes_entry(x, None, w_up, T)
-    got = expert_ffn.hidden(x, experts, None, None).double()
+    got = expert_ffn.hidden(x, identity_layer(w_up, [200, 512]), None, None).double()
     want = torch.cat([x[:200].double() @ w_up[0].double().T, x[200:].double() @ w_up[1].double().T])
     rounding = 2**-11 + (2**-8 if dtype is torch.bfloat16 else 0)  # fp16's, then that of the dtype
     size = x.double().norm(dim=1, keepdim=True) * D**0.5  # a sum in fp32 is exact to 2^-20 of that

@@ -61,7 +61,8 @@ def entry(
         x_TD.stride(0), given[2].stride(0), given[3].stride(0), hidden_NH.stride(0),
         0 if bias is None else bias.stride(0),
         K=top_k, ACT=activation, GLU=w_gate is not None, GATE_BIAS=b_gate is not None, UP_BIAS=b_up is not None,
-        SAVE=up_out is not None, EVEN=depth % STEP == 0, M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP,
+        SAVE=up_out is not None, EVEN=depth % STEP == 0, WHOLE=width % columns == 0,
+        M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP,
         num_warps=8,
     )  # fmt: skip
 
@@ -72,7 +73,7 @@ def _entry_kernel(
     expert_of_tile, experts, num_experts, depth, width, gate_apart, up_apart,
     stride_x, stride_gate, stride_up, stride_hidden, stride_bias,
     K: gl.constexpr, ACT: gl.constexpr, GLU: gl.constexpr, GATE_BIAS: gl.constexpr, UP_BIAS: gl.constexpr,
-    SAVE: gl.constexpr, EVEN: gl.constexpr,
+    SAVE: gl.constexpr, EVEN: gl.constexpr, WHOLE: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x.dtype.element_ty
@@ -91,7 +92,7 @@ def _entry_kernel(
         [
             (_multiply, (
                 a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
-                expert_of_tile, experts, num_experts, depth, width, GLU, M, N, STEP, STAGES,
+                expert_of_tile, experts, num_experts, depth, width, GLU, WHOLE, M, N, STEP, STAGES, GROUP,
             )),
             (_finish, (
                 eights, scales_8, stash_full, stash_empty, b_gate, b_up, gate_out, up_out, hidden_out,
@@ -149,20 +150,26 @@ def _load(
 def _multiply(
     a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
     expert_of_tile, experts, num_experts, depth, width,
-    GLU: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    GLU: gl.constexpr, WHOLE: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
+    C: gl.constexpr = N // 2 if GLU else N
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    column_tiles = tl.cdiv(width, N // 2 if GLU else N)
+    column_tiles = tl.cdiv(width, C)
     stage = 0
     phase = 0
     turn = 0
     for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
-        expert = gl.load(expert_of_tile + tile // column_tiles)
+        expert, _, _, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
         acc = gl.zeros([M, N], gl.float32, ACC)
         acc, stage, phase = accumulate(
             acc, a_buf, b_buf, full, empty, stage, phase, gl.where(expert < num_experts, depth, 0),
             False, True, False, STEP, STAGES,
         )  # fmt: skip
+        if not WHOLE:
+            # columns behind the last one are another expert's, whose size must not set the scale
+            ns = gl.arange(0, N, gl.SliceLayout(0, ACC)) % C
+            acc = gl.where((column * C + ns < width)[None, :], acc, 0.0)
         put_scaled(acc, stash, scales, stash_full, stash_empty, turn)
         turn ^= 1
 

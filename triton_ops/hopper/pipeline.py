@@ -171,6 +171,8 @@ def put_scaled(acc, stash, scales, stash_full, stash_empty, phase):
     # the exponent of the largest value; from 15 on the two powers of two below are normal numbers
     largest = gl.max(gl.abs(acc), 1).to(gl.int32, bitcast=True)
     exponent = gl.maximum((largest & 0x7F800000) >> 23, 15)
+    # beside an infinity the others stay as they are
+    exponent = gl.where(exponent == 255, 141, exponent)
     scale = ((268 - exponent) << 23).to(gl.float32, bitcast=True)
     values = (acc * scale[:, None]).to(gl.float16)
     mbarrier.wait(stash_empty, phase ^ 1)
