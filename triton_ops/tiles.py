@@ -151,6 +151,25 @@ def locate(tile, column_tiles, expert_of_tile, experts, M: tl.constexpr, GROUP: 
 
 
 @jit
+def locate_matrix(
+    tile, experts, num_experts, row_tiles, column_tiles, M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr
+):
+    """``(expert, first row, first column, first token row, end token row)`` of the ``tile``-th tile of all matrices.
+
+    A matrix has ``row_tiles`` by ``column_tiles`` tiles of M by N. Experts come in the order of the schedule.
+    """
+    per_expert = row_tiles * column_tiles
+    expert = tl.load(experts + 4 * (num_experts + 1) + tile // per_expert)
+    local = tile % per_expert
+    group_first = local // (GROUP * column_tiles) * GROUP
+    group_size = tl.minimum(row_tiles - group_first, GROUP)
+    within = local % (GROUP * column_tiles)
+    row = (group_first + within % group_size) * M
+    column = within // group_size * N
+    return expert, row, column, tl.load(experts + 4 * expert + 2), tl.load(experts + 4 * expert + 3)
+
+
+@jit
 def store(
     out, tiles, value, row, end, column, width, stride,
     STORE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,

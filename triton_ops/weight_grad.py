@@ -26,7 +26,7 @@ from moefy.triton_ops.blocks import (
     processors,
 )
 from moefy.triton_ops.launch import jit, kernel
-from moefy.triton_ops.tiles import Schedule
+from moefy.triton_ops.tiles import Schedule, locate_matrix
 
 
 def weight_grad(
@@ -94,22 +94,15 @@ def _weight_grad_kernel(
 ):  # fmt: skip
     row_tiles = tl.cdiv(height, M)
     column_tiles = tl.cdiv(width, N)
-    per_expert = row_tiles * column_tiles
     tile = tl.program_id(0)
     # a program takes the next tile when it is free: those of hot experts take as much longer as they have more rows
-    while tile < num_experts * per_expert:
+    while tile < num_experts * row_tiles * column_tiles:
         following = tl.atomic_add(experts + counter, 1, sem="relaxed") + tl.num_programs(0)
-        expert = tl.load(experts + 4 * (num_experts + 1) + tile // per_expert)
-        local = tile % per_expert
-        group_first = local // (GROUP * column_tiles) * GROUP
-        group_size = tl.minimum(row_tiles - group_first, GROUP)
-        within = local % (GROUP * column_tiles)
-        m0 = (group_first + within % group_size) * M
-        n0 = within // group_size * N
+        expert, m0, n0, start, end = locate_matrix(
+            tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP
+        )
         ms = m0 + tl.arange(0, M)
         ns = n0 + tl.arange(0, N)
-        start = tl.load(experts + 4 * expert + 2)
-        end = tl.load(experts + 4 * expert + 3)
         whole = start + (end - start) // STEP * STEP
         total = tl.zeros((M, N), tl.float32)
         for row in tl.range(start, whole, STEP):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 
 from moefy.triton_ops import expert_ffn, hopper, weight_grad
 from moefy.triton_ops.tiles import schedule
@@ -32,6 +33,12 @@ def half(*shape: int) -> torch.Tensor:
 def test_other_devices_run_the_other_kernels():
     assert not hopper.supported(torch.device("cpu"))
     assert not hopper.takes_entry(half(256, 64), None, half(2, 64, 64), 512)
+
+
+def test_triton_versions():
+    known = {"3.5.1": False, "3.6.0": True, "3.9.0+git12": True, "3.10.0": False, "4.0.0": False}
+    assert {version: hopper.knows(version) for version in known} == known
+    assert hopper.knows(triton.__version__), "a newer Triton: compile the kernels for Hopper with it"
 
 
 def test_what_the_entry_takes(everywhere):

@@ -4,8 +4,8 @@ In ``moefy.triton_ops`` proper a program multiplies a tile, then finishes it, an
 group of a program finishes the last tile while two multiply the next one, and a loader is ahead of both.
 
 Contract: each module does what its namesake one level up does, for bf16 and fp16 on compute capability 9.x, when the
-function ``takes_...`` here says so. The names of Gluon change with Triton's versions; where one is missing, nothing
-is taken and the kernels one level up run.
+function ``takes_...`` here says so. Gluon changes with Triton's versions: with one that these kernels were never
+compiled with nothing is taken, and the kernels one level up run.
 
     pipeline                             the ring of stages, the products, how a tile is handed over
     entry, hidden_grad, weight_grad      the kernels
@@ -16,12 +16,15 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 from torch import Tensor
 
 from moefy.triton_ops.blocks import describable, fills_wide_tiles
 
 # A tile of every kernel here, rows by columns.
 TILE_M, TILE_N = 128, 256
+# The first and the last version of Triton whose Gluon these kernels were compiled with.
+TRITON = ((3, 6), (3, 9))
 
 
 @functools.cache
@@ -29,13 +32,13 @@ def supported(device: torch.device) -> bool:
     """Whether ``device`` is a Hopper card and the installed Triton has the Gluon that is written here."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    try:
-        from moefy.triton_ops.hopper import entry, hidden_grad, weight_grad  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+    return torch.cuda.get_device_capability(device)[0] == 9 and knows(triton.__version__)
+
+
+def knows(version: str) -> bool:
+    """Whether the kernels were compiled with this version of Triton. Most names are looked up only when they are."""
+    major, minor = version.split(".")[:2]
+    return TRITON[0] <= (int(major), int(minor)) <= TRITON[1]
 
 
 def takes_entry(x_TD: Tensor, w_gate: Tensor | None, w_up: Tensor, rows: int) -> bool:

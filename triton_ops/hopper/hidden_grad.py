@@ -2,7 +2,7 @@
 
 The rows of the output's gradient come copied, in the order of the experts. One warp loads, eight multiply, three take
 the products through the activation's derivative and the routing weights. These three read the pre-activations two
-pieces ahead: memory under load answers in microseconds.
+pieces ahead.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
@@ -22,13 +22,12 @@ from moefy.triton_ops.hopper import TILE_M, TILE_N
 from moefy.triton_ops.hopper.pipeline import (
     STASH,
     VECTOR,
-    accumulate,
     advance,
     descriptor,
     jit,
     load_tile,
     mbarrier,
-    put_scaled,
+    multiply_rows,
     ready,
     reinterpret,
     release,
@@ -86,9 +85,9 @@ def _hidden_grad_kernel(
     scales_8 = reinterpret(scales, gl.float32, [M // 8, 8], VECTOR)
     gl.warp_specialize(
         [
-            (_multiply, (
+            (multiply_rows, (
                 a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
-                expert_of_tile, experts, num_experts, depth, width, M, N, STEP, STAGES,
+                expert_of_tile, experts, num_experts, depth, width, N, False, True, M, N, STEP, STAGES, GROUP,
             )),
             (_finish, (
                 eights, scales_8, two_q, stash_full, stash_empty, weights, order, gate, up, dgate, dup, weighted, parts,
@@ -126,28 +125,6 @@ def _load(
             load_tile(grad_tiles, [row, k], full.index(stage), a_buf.index(stage))
             load_tile(w_tiles, [expert * depth + k, column * N], full.index(stage), b_buf.index(stage))
             stage, phase = advance(stage, phase, STAGES)
-
-
-@jit
-def _multiply(
-    a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
-    expert_of_tile, experts, num_experts, depth, width,
-    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    column_tiles = tl.cdiv(width, N)
-    stage = 0
-    phase = 0
-    turn = 0
-    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
-        expert = gl.load(expert_of_tile + tile // column_tiles)
-        acc = gl.zeros([M, N], gl.float32, ACC)
-        acc, stage, phase = accumulate(
-            acc, a_buf, b_buf, full, empty, stage, phase, gl.where(expert < num_experts, depth, 0),
-            False, False, False, STEP, STAGES,
-        )  # fmt: skip
-        put_scaled(acc, stash, scales, stash_full, stash_empty, turn)
-        turn ^= 1
 
 
 @jit

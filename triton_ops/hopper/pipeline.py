@@ -20,6 +20,7 @@ import functools
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moefy.triton_ops.hopper import rows_apart
+from moefy.triton_ops.tiles import count_tiles, locate
 
 
 def _named(owner: Any, *names: str) -> Any:
@@ -110,7 +112,7 @@ def ready():
 
 @jit
 def advance(stage, phase, STAGES: gl.constexpr):
-    """The next stage; the phase turns with every round. Counted: a division would take the loader as long as a load."""
+    """The next stage; the phase turns with every round."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
@@ -152,6 +154,37 @@ def accumulate(
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(_before(stage, STAGES)), count=1, pred=depth > 0)
     return acc, stage, phase
+
+
+@jit
+def multiply_rows(
+    a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
+    expert_of_tile, experts, num_experts, depth, width,
+    COLUMNS: gl.constexpr, B_STANDS: gl.constexpr, WHOLE: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """The multiplying partition of a kernel over rows: all its tiles, each handed over scaled.
+
+    A tile moves on by COLUMNS of the ``width`` columns; N is a multiple of that for matrices side by side. Without
+    WHOLE the columns behind the last one are another expert's, whose size must not set the scale.
+    """
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    column_tiles = tl.cdiv(width, COLUMNS)
+    stage = 0
+    phase = 0
+    turn = 0
+    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
+        expert, _, _, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
+        acc = gl.zeros([M, N], gl.float32, ACC)
+        acc, stage, phase = accumulate(
+            acc, a_buf, b_buf, full, empty, stage, phase, gl.where(expert < num_experts, depth, 0),
+            False, B_STANDS, False, STEP, STAGES,
+        )  # fmt: skip
+        if not WHOLE:
+            ns = gl.arange(0, N, gl.SliceLayout(0, ACC)) % COLUMNS
+            acc = gl.where((column * COLUMNS + ns < width)[None, :], acc, 0.0)
+        put_scaled(acc, stash, scales, stash_full, stash_empty, turn)
+        turn ^= 1
 
 
 @jit

@@ -32,7 +32,7 @@ from moefy.triton_ops.hopper.pipeline import (
     turns,
 )
 from moefy.triton_ops.launch import kernel
-from moefy.triton_ops.tiles import Schedule
+from moefy.triton_ops.tiles import Schedule, locate_matrix
 
 STEP, STAGES, GROUP, TAKEN = 32, 6, 16, 4
 
@@ -89,22 +89,6 @@ def _weight_grad_kernel(
 
 
 @jit
-def _place(
-    tile, experts, num_experts, row_tiles, column_tiles, M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr
-):
-    """``(expert, first row and column of the result, first row and end row of the expert)``."""
-    per_expert = row_tiles * column_tiles
-    expert = gl.load(experts + 4 * (num_experts + 1) + tile // per_expert)
-    local = tile % per_expert
-    group_first = local // (GROUP * column_tiles) * GROUP
-    group_size = gl.minimum(row_tiles - group_first, GROUP)
-    within = local % (GROUP * column_tiles)
-    m0 = (group_first + within % group_size) * M
-    n0 = within // group_size * N
-    return expert, m0, n0, gl.load(experts + 4 * expert + 2), gl.load(experts + 4 * expert + 3)
-
-
-@jit
 def _tell(tile, taken, taken_full, taken_empty, turn, TAKEN: gl.constexpr):
     """Hand the ``turn``-th tile to the other warps; one behind the last tile ends their work."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -143,7 +127,9 @@ def _load(
         following = gl.atomic_add(experts + counter, 1, sem="relaxed") + gl.num_programs(0)
         _tell(tile, taken, taken_full, taken_empty, turn, TAKEN)
         turn += 1
-        _, m0, n0, start, end = _place(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        _, m0, n0, start, end = locate_matrix(
+            tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP
+        )
         for row in range(start, end, STEP):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), (M + N) * STEP * 2)
@@ -168,7 +154,7 @@ def _multiply(
     turn = 0
     tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
     while tile < total:
-        _, _, _, start, end = _place(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        _, _, _, start, end = locate_matrix(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
         acc = gl.zeros([M, N], gl.float32, ACC)
         acc, stage, phase = accumulate(
             acc, a_buf, b_buf, full, empty, stage, phase, end - start, True, False, True, STEP, STAGES
@@ -188,7 +174,7 @@ def _store(
     turn = 0
     tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
     while tile < total:
-        expert, m0, n0, _, _ = _place(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        expert, m0, n0, _, _ = locate_matrix(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
         mbarrier.wait(stash_full, turn & 1)
         store_tile(out_tiles, [expert * height + m0, n0], stash)
         store_wait(0)
