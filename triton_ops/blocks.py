@@ -108,15 +108,15 @@ def processors(device: torch.device) -> int:
 
 def describable(*tensors: Tensor) -> bool:
     """Whether a tensor descriptor can address them: not empty, 16-byte aligned rows, features side by side."""
-    return all(_describable(tensor) for tensor in tensors)
-
-
-def _describable(tensor: Tensor) -> bool:
-    *outer, last = tensor.stride()
-    if last != 1 or tensor.data_ptr() & 15 or not tensor.numel():
-        return False
-    size = tensor.element_size()
-    return all(stride > 0 and not stride * size & 15 for stride in outer)
+    for tensor in tensors:
+        *outer, last = tensor.stride()
+        if last != 1 or tensor.data_ptr() & 15 or not tensor.numel():
+            return False
+        size = tensor.element_size()
+        for stride in outer:
+            if stride <= 0 or stride * size & 15:
+                return False
+    return True
 
 
 def descriptor(tensor: Tensor, *block: int) -> Any:

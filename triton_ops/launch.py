@@ -10,7 +10,8 @@ gives a kernel's run-time arguments by position, its constants and options by ke
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 jit: Any = triton.jit
 
 Grid = tuple[int, ...]
+Watcher = Callable[[Any, Grid, Sequence[Any], list[Any]], None]
 
 
 class Kernel:
@@ -52,29 +54,68 @@ class Kernel:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: Grid, *args: Any, **constants: Any) -> None:
+        watcher = _watching.watcher
         if self._interpreted:
+            if watcher is not None:
+                watcher(None, grid, args, [])
             self.jitted[grid](*args, **constants)
             return
-        key = (torch.cuda.current_device(), *map(_trait, args), *constants.items())
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            self._compiled[key] = self.jitted[grid](*args, **constants)
+        device = torch.cuda.current_device()
+        traits, values = _specialisation(args)
+        key = (device, *traits, *constants, *constants.values())
+        found = self._compiled.get(key)
+        whole = (*grid, 1, 1)[:3]
+        if found is None:
+            compiled = self.jitted[grid](*args, **constants)
+            rest = [constants[name] for name in self.arg_names[len(args) :]]
+            self._compiled[key] = compiled, rest
         else:
-            names = self.jitted.arg_names[len(args) :]
-            compiled[(*grid, 1, 1)[:3]](
-                *args, *[constants[name] for name in names], stream=torch.cuda.current_stream().cuda_stream
-            )
+            compiled, rest = found
+            compiled[whole](*values, *rest, stream=raw_stream(device))
+        if watcher is not None:
+            watcher(compiled, whole, args, rest)
 
 
-def _trait(value: Any) -> Any:
-    """What Triton specialises a run-time argument on."""
-    if type(value) is int:
-        return 1 if value == 1 else (value & 15 == 0, value.bit_length() > 31)
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() & 15 == 0
-    if value is None:
-        return None
-    return value.base.dtype, *value.block_shape
+class _Watching(threading.local):
+    watcher: Watcher | None = None
+
+
+_watching = _Watching()
+
+
+def watch(watcher: Watcher | None) -> None:
+    """Have ``watcher`` told of all launches of this thread: what was compiled, the grid, arguments, constants.
+
+    It is told None in place of what was compiled where kernels are interpreted.
+    """
+    _watching.watcher = watcher
+
+
+def _specialisation(args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """``(traits, values)``: what Triton specialises run-time arguments on, and these with tensors as addresses.
+
+    Given a tensor Triton's launcher asks for its address, then asks the driver whether the address is a device's.
+    """
+    traits: list[Any] = []
+    values: list[Any] = []
+    for value in args:
+        if type(value) is int:
+            traits.append(1 if value == 1 else (value & 15 == 0, value.bit_length() > 31))
+        elif isinstance(value, Tensor):
+            dtype, value = value.dtype, value.data_ptr()
+            traits.append((dtype, value & 15 == 0))
+        elif value is None:
+            traits.append(None)
+        else:
+            traits.append((value.base.dtype, *value.block_shape))
+        values.append(value)
+    return traits, values
+
+
+def raw_stream(device: int) -> int:
+    """The handle of the current stream."""
+    active: Any = triton.runtime.driver.active
+    return active.get_current_stream(device)
 
 
 def kernel(
@@ -88,4 +129,8 @@ def kernel(
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """The device of ``x`` as the current one, where Triton launches; nothing for the interpreter's CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    already = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return _NOTHING if already else torch.cuda.device(x.device)
+
+
+_NOTHING = nullcontext()

@@ -6,11 +6,12 @@ entry is read as two views of its weight, whichever half the gate is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from moefy.ops.cuda_rows import rows_contiguous
+from moefy.ops.cuda_rows import recorded, rows_contiguous
 from moefy.ops.expert_kernels import Wanted, halves
 from moefy.ops.expert_parts import Layer
 from moefy.ops.saved_rows import give, take
@@ -18,27 +19,44 @@ from moefy.ops.saved_rows import give, take
 
 def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``expert_ffn`` by Triton kernels."""
-    *layer_args, save, private = args
-    layer = Layer._make(layer_args)
-    from moefy.triton_ops import expert_ffn as kernels
-
-    gate_rows, up_rows = _entry_buffers(layer) if save else (None, None)
-    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    out_TD = kernels.forward(rows_contiguous(layer.x_TD), _experts(layer), gate_NH, up_NH)
-    first, up = (out_TD.new_empty(0) if rows is None else rows for rows in (gate_rows, up_rows))
+    *tensors, activation, glu, save, private = args
+    tensors[0] = rows_contiguous(tensors[0])
+    options = (activation, glu, save, _apart(tensors[4], tensors[6]))
+    out_TD, first, up = recorded(_forward)(tensors, options)
     if save and private:
         give(first, up)
     return out_TD, first, up
 
 
+def _forward(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The output and the saved rows; what is not saved is empty."""
+    from moefy.triton_ops import expert_ffn as kernels
+
+    activation, glu, save, _ = options
+    layer = Layer._make((*tensors, activation, glu))
+    gate_rows, up_rows = _entry_buffers(layer) if save else (None, None)
+    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
+    out_TD = kernels.forward(layer.x_TD, _experts(layer), gate_NH, up_NH)
+    return out_TD, *(out_TD.new_empty(0) if rows is None else rows for rows in (gate_rows, up_rows))
+
+
 def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """``expert_ffn_backward`` by Triton kernels; over the saved rows where these are its own."""
     *tensors, gate_rows, up_rows, activation, glu, mask = args
-    layer, want = Layer._make((*tensors, activation, glu)), Wanted._make(mask)
+    gate_rows, up_rows, mine = take(gate_rows, up_rows)
+    tensors[0] = rows_contiguous(tensors[0])
+    options = (activation, glu, tuple(mask), mine, _apart(tensors[4], tensors[6]))
+    return recorded(_backward)((rows_contiguous(grad_TD), *tensors, gate_rows, up_rows), options)
+
+
+def _backward(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The gradients; those that are not wanted are empty."""
     from moefy.triton_ops import expert_ffn as kernels
 
-    x_TD, experts = rows_contiguous(layer.x_TD), _experts(layer)
-    gate_rows, up_rows, mine = take(gate_rows, up_rows)
+    grad_TD, *layer_tensors, gate_rows, up_rows = tensors
+    activation, glu, mask, mine, _ = options
+    layer, want = Layer._make((*layer_tensors, activation, glu)), Wanted._make(mask)
+    x_TD, experts = layer.x_TD, _experts(layer)
     if up_rows is None:
         gate_rows, up_rows = _entry_buffers(layer)
         kernels.hidden(x_TD, experts, *_gate_and_up(layer, gate_rows, up_rows))
@@ -47,10 +65,15 @@ def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dgate_NH, dup_NH = _gate_and_up(layer, dgate_rows, dup_rows)
     assert up_NH is not None and dup_NH is not None
     grads = kernels.backward(
-        rows_contiguous(grad_TD), x_TD, experts, gate_NH, up_NH, (dgate_NH, dup_NH, dup_rows), want._asdict()
+        grad_TD, x_TD, experts, gate_NH, up_NH, (dgate_NH, dup_NH, dup_rows), want._asdict()
     )
     results = (grads.get(name) for name in Wanted._fields)
     return tuple(grad_TD.new_empty(0) if grad is None else grad for grad in results)
+
+
+def _apart(w_gate: Tensor | None, w_up: Tensor) -> int:
+    """How far up lies behind its gate: a launch may read both by one stride."""
+    return 0 if w_gate is None else w_up.data_ptr() - w_gate.data_ptr()
 
 
 def _entry_buffers(layer: Layer) -> tuple[Tensor | None, Tensor]:

@@ -12,11 +12,15 @@ Contract: ``order[r]`` is the slot that becomes sorted row r; rows of one expert
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moefy.errors import ShapeError
 from moefy.ops import checks
+from moefy.ops.cuda_rows import recorded
 from moefy.ops.library import register
 
 MAX_ROWS = 2**31 - 1
@@ -43,11 +47,19 @@ def _kernel(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def _cuda(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     from moefy.triton_ops import sort as kernels
+    from moefy.triton_ops.launch import on_device
 
     if num_experts > kernels.MAX_EXPERTS:
         return _kernel(top_k_index_TK, num_experts)
-    order_N, offsets_E, _ = kernels.sort_by_expert(_slot_ids(top_k_index_TK).contiguous(), num_experts)
+    with on_device(top_k_index_TK):
+        order_N, offsets_E = recorded(_launches)((_slot_ids(top_k_index_TK).contiguous(),), (num_experts,))
     return order_N, offsets_E
+
+
+def _launches(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    from moefy.triton_ops import sort as kernels
+
+    return kernels.sort_by_expert(*tensors, *options)[:2]
 
 
 def _fake(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,69 @@ def test_a_retained_graph_can_be_walked_again(glu):
         assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
+def layer_arguments(glu, dtype, tokens_, seed):
+    """Arguments of ``expert_ffn`` and a gradient of its output, all new tensors."""
+    from moefy import ops
+
+    width, hidden, experts, top_k = 64, 128, 4, 2
+    torch.manual_seed(seed)
+    entry = 2 * hidden if glu.startswith("merged") else hidden
+    x_TD, grad_TD = (torch.randn(tokens_, width, device="cuda", dtype=dtype) for _ in range(2))
+    weights_TK, index_TK = ops.top_k_softmax(torch.randn(tokens_, experts, device="cuda"), top_k)
+    order_N, offsets_E = ops.sort_by_expert(index_TK, experts)
+    shapes = [(experts, hidden, width), (experts, entry, width), (experts, width, hidden)]
+    w_gate, w_up, w_down = (torch.randn(shape, device="cuda", dtype=dtype) / 8 for shape in shapes)
+    w_gate = w_gate if glu == "separate" else None
+    return (x_TD, weights_TK, order_N, offsets_E, w_gate, None, w_up, None, w_down, None), grad_TD
+
+
+@pytest.mark.parametrize("tokens_", [5, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first"])
+def test_replayed_launches_give_the_same_bits(glu, dtype, tokens_):
+    """Launches are repeated from the third call on; other tensors and another routing come out as by launching anew."""
+    from moefy.ops import cuda_ffn
+    from moefy.ops.cuda_rows import recorded
+
+    mask = [True, True, glu == "separate", False, True, False, True, False]
+    before = {f: len(recorded(f)._tapes) for f in (cuda_ffn._forward, cuda_ffn._backward)}
+    held, first = [], layer_arguments(glu, dtype, tokens_, 0)[0]
+    for seed in range(5):
+        args, grad_TD = layer_arguments(glu, dtype, tokens_, seed)
+        if glu == "separate":  # how far these two lie apart is of the kind
+            args = *args[:4], first[4], None, first[6], *args[7:]
+        apart = cuda_ffn._apart(args[4], args[6])
+        got = torch.ops.moefy.expert_ffn(*args, "silu", glu, True, False)
+        want = cuda_ffn._forward(args, ("silu", glu, True, apart))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        rows = [None if r.dim() == 1 else r for r in want[1:]]
+        got = torch.ops.moefy.expert_ffn_backward(grad_TD, *args, *want[1:], "silu", glu, mask)
+        want = cuda_ffn._backward((grad_TD, *args, *rows), ("silu", glu, tuple(mask), False, apart))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        held.append(([*got], [g.clone() for g in got]))
+    assert all(torch.equal(a, b) for now, then in held for a, b in zip(now, then, strict=True))
+    for f, count in before.items():
+        tapes = recorded(f)._tapes
+        assert len(tapes) > count and any(type(t).__name__ == "Tape" for t in [*tapes.values()][count:])
+
+
+def test_replayed_launches_in_a_cuda_graph():
+    """A graph that captured a replay follows another routing."""
+    args, _ = layer_arguments("none", torch.bfloat16, 300, seed=0)
+    call = lambda: torch.ops.moefy.expert_ffn(*args, "silu", "none", False, False)[0]  # noqa: E731
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = call()
+    other, _ = layer_arguments("none", torch.bfloat16, 300, seed=1)
+    for mine, new in zip(args, other, strict=True):
+        if mine is not None:
+            mine.copy_(new)
+    graph.replay()
+    assert torch.equal(out_TD, call())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first"])
 def test_a_compiled_step_takes_no_more_memory(glu):

@@ -1,0 +1,273 @@
+"""Launches recorded once and replayed with other addresses, for layers so small that the host is what takes the time.
+
+What a launcher of this package does follows from its arguments' shapes, strides, types and alignment alone: which
+kernels, with which sizes, from where to where. To work that out takes Python longer than a small layer's kernels take
+the GPU.
+
+Contract: ``Recorded(function)(tensors, options)`` gives what ``function(tensors, options)`` gives. The second call of a
+kind is recorded, from the third on its launches are repeated. ``function`` may allocate with ``torch.empty``, take
+views, launch ``launch.Kernel``; a call that does anything else, or whose buffers are large, is never replayed. Results
+of a replay are contiguous tensors of their own; all other buffers share one allocation, whose parts are used again when
+their last launch is behind. CUDA graphs can capture a replay.
+
+    >>> ffn = Recorded(ffn_forward)
+    >>> for _ in range(3):
+    ...     (out_TD,) = ffn((x_TD, w_up, w_down), ("silu",))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moefy.triton_ops import launch
+
+Tensors = Sequence[Any]  # tensors or None, the first a tensor; all on one device, which is the current one
+Function = Callable[[Tensors, tuple[Hashable, ...]], tuple[Tensor, ...]]
+
+# Kinds of calls that are remembered. With more all are forgotten: lengths that never repeat would fill the memory.
+MAX_KINDS = 256
+# A replay allocates its results first and its buffers at once. Layers with more than this are not bound by the host.
+MAX_BUFFERS = 512 << 20
+ALIGNMENT = 512
+
+
+class Recorded:
+    """``function``, whose launches are replayed from the third call of a kind on."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._tapes: dict[Any, Tape | None] = {}
+
+    def __call__(self, tensors: Tensors, options: tuple[Hashable, ...]) -> tuple[Tensor, ...]:
+        """The results of ``function``; ``options`` are all else that its launches depend on."""
+        kind = _kind(tensors, options)
+        tape = self._tapes.get(kind, _UNSEEN)
+        if isinstance(tape, Tape):
+            return tape.replay(tensors)
+        if tape is _ONCE:
+            recorder = _Recorder(tensors)
+            with recorder:
+                results = self._function(tensors, options)
+            self._tapes[kind] = recorder.tape(results)
+            return results
+        if tape is _UNSEEN:
+            if len(self._tapes) >= MAX_KINDS:
+                self._tapes.clear()
+            self._tapes[kind] = _ONCE
+        return self._function(tensors, options)
+
+
+_UNSEEN: Any = object()
+_ONCE: Any = object()
+
+
+def _kind(tensors: Tensors, options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    """All that the launches may depend on."""
+    kind: list[Hashable] = [options, tensors[0].device, torch.backends.cuda.matmul.allow_tf32]
+    for tensor in tensors:
+        if tensor is None:
+            kind.append(None)
+        else:
+            kind += (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15)
+    return tuple(kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """One launch. ``places`` and ``tiles`` name, of ``values``, the addresses and the descriptors that hold one.
+
+    Each is ``(index, source, offset)``: so many bytes behind the source-th of all arguments and then all buffers.
+    """
+
+    compiled: Any
+    grid: launch.Grid
+    values: list[Any]
+    places: tuple[tuple[int, int, int], ...]
+    tiles: tuple[tuple[int, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tape:
+    """The launches of a call. ``offsets`` holds a buffer's place in the workspace, or None for a result."""
+
+    launches: list[_Launch]
+    offsets: list[int | None]
+    workspace: int
+    results: list[tuple[tuple[int, ...], torch.dtype, int | None]]
+    device: torch.device
+
+    def replay(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        """Repeat all launches on the current stream."""
+        at = [0 if t is None else t.data_ptr() for t in tensors]
+        first = len(at)
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
+        start = workspace.data_ptr()
+        at += [0 if offset is None else start + offset for offset in self.offsets]
+        results = []
+        for shape, dtype, buffer in self.results:
+            result = torch.empty(shape, dtype=dtype, device=self.device)
+            results.append(result)
+            if buffer is not None:
+                at[first + buffer] = result.data_ptr()
+        stream = launch.raw_stream(self.device.index)
+        for one in self.launches:
+            values = one.values.copy()
+            for i, source, offset in one.places:
+                values[i] = at[source] + offset
+            for i, source, offset in one.tiles:
+                values[i] = _moved(values[i], at[source] + offset)
+            one.compiled[one.grid](*values, stream=stream)
+        return tuple(results)
+
+
+class _Address:
+    """What a launch reads of a descriptor's tensor."""
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _moved(tiles: Any, address: int) -> Any:
+    """A copy of a tensor descriptor that begins elsewhere."""
+    found = object.__new__(type(tiles))
+    found.__dict__.update(tiles.__dict__)
+    found.base = _Address(address, tiles.base.dtype)
+    return found
+
+
+class _Recorder(TorchDispatchMode):
+    """Watches one call: what it allocates, what it launches, and whether it does anything else."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        self._arguments = [(i, *_span(t)) for i, t in enumerate(tensors) if t is not None and t.numel()]
+        self._first = len(tensors)
+        self._buffers: dict[int, int] = {}  # by address, the youngest buffer there
+        self._sizes: list[int] = []
+        self._lives: list[tuple[int, int]] = []
+        self._launches: list[_Launch] = []
+        self._device = tensors[0].device
+        ends = sorted((start, end) for _, start, end in self._arguments)
+        # of two arguments that overlap a launch's address would not say which it means
+        self._faithful = all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+    def __enter__(self) -> Any:
+        launch.watch(self.launched)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        launch.watch(None)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _ALLOCATIONS:
+            storage = result.untyped_storage()
+            if storage.nbytes():
+                self._buffers[storage.data_ptr()] = len(self._sizes)
+                self._sizes.append(storage.nbytes())
+                self._lives.append((len(self._launches), -1))
+        elif not (func.is_view and _same_storage(args[0], result)):
+            self._faithful = False
+        return result
+
+    def launched(self, compiled: Any, grid: launch.Grid, args: Sequence[Any], rest: list[Any]) -> None:
+        """To be called for every launch; ``compiled`` is None where it cannot be repeated."""
+        if compiled is None:
+            self._faithful = False
+            return
+        values: list[Any] = [*args, *rest]
+        places, tiles = [], []
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor):
+                values[i] = 0
+                if value.numel():
+                    places.append((i, *self._place(value)))
+            elif hasattr(value, "block_shape"):
+                tiles.append((i, *self._place(value.base)))
+                values[i] = _moved(value, 0)
+        self._launches.append(_Launch(compiled, grid, values, tuple(places), tuple(tiles)))
+
+    def _place(self, tensor: Tensor) -> tuple[int, int]:
+        """``(source, offset)`` of a tensor."""
+        address, start = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
+        buffer = self._buffers.get(start)
+        if buffer is not None:
+            self._lives[buffer] = self._lives[buffer][0], len(self._launches)
+            return self._first + buffer, address - start
+        for i, start, end in self._arguments:
+            if start <= address < end:
+                return i, address - start
+        self._faithful = False
+        return 0, 0
+
+    def tape(self, results: tuple[Tensor, ...]) -> Tape | None:
+        """What to repeat, or None if that would not be the same call."""
+        if not self._faithful:
+            return None
+        described: list[tuple[tuple[int, ...], torch.dtype, int | None]] = []
+        own: set[int] = set()
+        for result in results:
+            buffer = None
+            if result.numel():
+                source, offset = self._place(result)
+                buffer = source - self._first
+                if buffer < 0 or buffer in own or offset or not result.is_contiguous():
+                    return None
+                own.add(buffer)
+            described.append((tuple(result.shape), result.dtype, buffer))
+        if not self._faithful:
+            return None
+        inner = [i for i in range(len(self._sizes)) if i not in own and self._lives[i][1] >= 0]
+        offsets, workspace = _packed([(self._sizes[i], *self._lives[i]) for i in inner])
+        if workspace > MAX_BUFFERS:
+            return None
+        found: list[int | None] = [None] * len(self._sizes)
+        for i, offset in zip(inner, offsets, strict=True):
+            found[i] = offset
+        return Tape(self._launches, found, workspace, described, self._device)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The address of the first element and the one behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _same_storage(tensor: Tensor, views: Tensor | Sequence[Tensor]) -> bool:
+    """Whether no view is a copy."""
+    found = [views] if isinstance(views, Tensor) else views
+    return all(v.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for v in found)
+
+
+def _packed(buffers: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets of ``(bytes, first launch, last launch)`` such that none overlap in both bytes and launches; the end.
+
+    The largest come first, each at the lowest place that is free for its time.
+    """
+    offsets = [0] * len(buffers)
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first launch, last launch
+    for i in sorted(range(len(buffers)), key=lambda i: -buffers[i][0]):
+        size, born, last = buffers[i]
+        offset = 0
+        for start, end, other_born, other_last in sorted(placed):
+            if born <= other_last and other_born <= last and start < offset + size and offset < end:
+                offset = -(-end // ALIGNMENT) * ALIGNMENT
+        offsets[i] = offset
+        placed.append((offset, offset + size, born, last))
+    return offsets, max((end for _, end, _, _ in placed), default=0)
+
+
+_ALLOCATIONS = frozenset((torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like))
