@@ -6,9 +6,9 @@ the GPU.
 
 Contract: ``Recorded(function)(tensors, options)`` gives what ``function(tensors, options)`` gives. The second call of a
 kind is recorded, from the third on its launches are repeated. ``function`` may allocate with ``torch.empty``, take
-views, launch ``launch.Kernel``; a call that does anything else, or whose buffers are large, is never replayed. Results
-of a replay are contiguous tensors of their own; all other buffers share one allocation, whose parts are used again when
-their last launch is behind. CUDA graphs can capture a replay.
+views and launch ``launch.Kernel``; a call that does anything else is never replayed. A replay allocates a buffer before
+the first launch that uses it and frees it behind the last: it needs no more memory than the call itself. CUDA graphs
+can capture one.
 
     >>> ffn = Recorded(ffn_forward)
     >>> for _ in range(3):
@@ -33,9 +33,6 @@ Function = Callable[[Tensors, tuple[Hashable, ...]], tuple[Tensor, ...]]
 
 # Kinds of calls that are remembered. With more all are forgotten: lengths that never repeat would fill the memory.
 MAX_KINDS = 256
-# A replay allocates its results first and its buffers at once. Layers with more than this are not bound by the host.
-MAX_BUFFERS = 512 << 20
-ALIGNMENT = 512
 
 
 class Recorded:
@@ -91,40 +88,43 @@ class _Launch:
     values: list[Any]
     places: tuple[tuple[int, int, int], ...]
     tiles: tuple[tuple[int, int, int], ...]
+    begins: list[int] = dataclasses.field(default_factory=list)  # the buffers that it is the first to use
+    ends: list[int] = dataclasses.field(default_factory=list)  # those that nobody needs behind it
 
 
 @dataclasses.dataclass(frozen=True)
 class Tape:
-    """The launches of a call. ``offsets`` holds a buffer's place in the workspace, or None for a result."""
+    """The launches of a call, the shape and type of each buffer, and which of these are its results."""
 
     launches: list[_Launch]
-    offsets: list[int | None]
-    workspace: int
-    results: list[tuple[tuple[int, ...], torch.dtype, int | None]]
+    buffers: list[tuple[tuple[int, ...], torch.dtype]]
+    results: list[int]
     device: torch.device
 
     def replay(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """Repeat all launches on the current stream."""
         at = [0 if t is None else t.data_ptr() for t in tensors]
         first = len(at)
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
-        start = workspace.data_ptr()
-        at += [0 if offset is None else start + offset for offset in self.offsets]
-        results = []
-        for shape, dtype, buffer in self.results:
-            result = torch.empty(shape, dtype=dtype, device=self.device)
-            results.append(result)
-            if buffer is not None:
-                at[first + buffer] = result.data_ptr()
+        at += [0] * len(self.buffers)
+        alive: list[Any] = [None] * len(self.buffers)
         stream = launch.raw_stream(self.device.index)
         for one in self.launches:
+            for i in one.begins:
+                alive[i] = self._empty(i)
+                at[first + i] = alive[i].data_ptr()
             values = one.values.copy()
             for i, source, offset in one.places:
                 values[i] = at[source] + offset
             for i, source, offset in one.tiles:
                 values[i] = _moved(values[i], at[source] + offset)
             one.compiled[one.grid](*values, stream=stream)
-        return tuple(results)
+            for i in one.ends:
+                alive[i] = None
+        return tuple(self._empty(i) if alive[i] is None else alive[i] for i in self.results)
+
+    def _empty(self, i: int) -> Tensor:
+        shape, dtype = self.buffers[i]
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
 
 class _Address:
@@ -154,9 +154,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._arguments = [(i, *_span(t)) for i, t in enumerate(tensors) if t is not None and t.numel()]
         self._first = len(tensors)
-        self._buffers: dict[int, int] = {}  # by address, the youngest buffer there
-        self._sizes: list[int] = []
-        self._lives: list[tuple[int, int]] = []
+        self._youngest: dict[int, int] = {}  # the buffer that was last allocated at an address
+        self._buffers: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._lives: list[list[int]] = []  # the launches that use a buffer
         self._launches: list[_Launch] = []
         self._device = tensors[0].device
         ends = sorted((start, end) for _, start, end in self._arguments)
@@ -174,11 +174,10 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _ALLOCATIONS:
-            storage = result.untyped_storage()
-            if storage.nbytes():
-                self._buffers[storage.data_ptr()] = len(self._sizes)
-                self._sizes.append(storage.nbytes())
-                self._lives.append((len(self._launches), -1))
+            self._youngest[result.data_ptr()] = len(self._buffers)
+            self._buffers.append((tuple(result.shape), result.dtype))
+            self._lives.append([])
+            self._faithful &= result.is_contiguous()
         elif not (func.is_view and _same_storage(args[0], result)):
             self._faithful = False
         return result
@@ -203,9 +202,9 @@ class _Recorder(TorchDispatchMode):
     def _place(self, tensor: Tensor) -> tuple[int, int]:
         """``(source, offset)`` of a tensor."""
         address, start = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
-        buffer = self._buffers.get(start)
+        buffer = self._youngest.get(start)
         if buffer is not None:
-            self._lives[buffer] = self._lives[buffer][0], len(self._launches)
+            self._lives[buffer].append(len(self._launches))
             return self._first + buffer, address - start
         for i, start, end in self._arguments:
             if start <= address < end:
@@ -215,29 +214,26 @@ class _Recorder(TorchDispatchMode):
 
     def tape(self, results: tuple[Tensor, ...]) -> Tape | None:
         """What to repeat, or None if that would not be the same call."""
-        if not self._faithful:
+        own = [self._result(result) for result in results]
+        if not self._faithful or len(set(own)) < len(own):
             return None
-        described: list[tuple[tuple[int, ...], torch.dtype, int | None]] = []
-        own: set[int] = set()
-        for result in results:
-            buffer = None
-            if result.numel():
-                source, offset = self._place(result)
-                buffer = source - self._first
-                if buffer < 0 or buffer in own or offset or not result.is_contiguous():
-                    return None
-                own.add(buffer)
-            described.append((tuple(result.shape), result.dtype, buffer))
-        if not self._faithful:
-            return None
-        inner = [i for i in range(len(self._sizes)) if i not in own and self._lives[i][1] >= 0]
-        offsets, workspace = _packed([(self._sizes[i], *self._lives[i]) for i in inner])
-        if workspace > MAX_BUFFERS:
-            return None
-        found: list[int | None] = [None] * len(self._sizes)
-        for i, offset in zip(inner, offsets, strict=True):
-            found[i] = offset
-        return Tape(self._launches, found, workspace, described, self._device)
+        for i, uses in enumerate(self._lives):
+            if uses:
+                self._launches[uses[0]].begins.append(i)
+            if uses and i not in own:
+                self._launches[uses[-1]].ends.append(i)
+        return Tape(self._launches, self._buffers, own, self._device)
+
+    def _result(self, result: Tensor) -> int:
+        """The buffer that is ``result``, all of it."""
+        if not result.numel():  # no address, and no launch
+            self._buffers.append((tuple(result.shape), result.dtype))
+            self._lives.append([])
+            return len(self._buffers) - 1
+        buffer = self._youngest.get(result.data_ptr(), -1)
+        whole = buffer >= 0 and self._buffers[buffer] == (tuple(result.shape), result.dtype)
+        self._faithful &= whole and result.is_contiguous() and bool(self._lives[buffer])
+        return buffer
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -250,24 +246,6 @@ def _same_storage(tensor: Tensor, views: Tensor | Sequence[Tensor]) -> bool:
     """Whether no view is a copy."""
     found = [views] if isinstance(views, Tensor) else views
     return all(v.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for v in found)
-
-
-def _packed(buffers: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Offsets of ``(bytes, first launch, last launch)`` such that none overlap in both bytes and launches; the end.
-
-    The largest come first, each at the lowest place that is free for its time.
-    """
-    offsets = [0] * len(buffers)
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first launch, last launch
-    for i in sorted(range(len(buffers)), key=lambda i: -buffers[i][0]):
-        size, born, last = buffers[i]
-        offset = 0
-        for start, end, other_born, other_last in sorted(placed):
-            if born <= other_last and other_born <= last and start < offset + size and offset < end:
-                offset = -(-end // ALIGNMENT) * ALIGNMENT
-        offsets[i] = offset
-        placed.append((offset, offset + size, born, last))
-    return offsets, max((end for _, end, _, _ in placed), default=0)
 
 
 _ALLOCATIONS = frozenset((torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like))
