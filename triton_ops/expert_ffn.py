@@ -21,7 +21,7 @@ from moefy.triton_ops.gather_sum import gather_sum, spread
 from moefy.triton_ops.hidden_grad import hidden_grad, weights_grad
 from moefy.triton_ops.linear import linear
 from moefy.triton_ops.tiles import Schedule, schedule
-from moefy.triton_ops.weight_grad import bias_grad, weight_grad
+from moefy.triton_ops.weight_grad import Product, bias_grad, weight_grad
 
 # From this hidden width on the gradient's rows are copied before w_down's gradient reads them: a product over rows that
 # lie apart is slower by a part of itself, a copy costs the same whatever the width (H100, bf16: H=1024 2.03 ms against
@@ -31,6 +31,9 @@ COPY_GRADIENT_FROM = 2048
 MAX_COPY = 512 << 20
 # But in so few blocks, since each is a launch of its own.
 MAX_COPIES = 16
+# Where a copy of the rows of x takes at most this many bytes, the exit's gradient waits for an entry's and both come
+# from one launch: the last tiles of a small product leave many processors idle.
+MAX_WAITING = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,11 +142,21 @@ def backward(
     """
     tiles = Schedules(experts.offsets_E, experts.order_N.shape[0], x_TD.dtype, experts.order_N)
     dgate_NH, dup_NH, dall = dentry
-    grads = _exit_backward(grad_TD, experts, gate_NH, up_NH, dgate_NH, dup_NH, tiles, wanted)
+    grads, waiting = _exit_backward(grad_TD, experts, gate_NH, up_NH, dgate_NH, dup_NH, tiles, wanted)
+    entries = {"gate": dgate_NH if experts.w_merged is None else None, "up": dall}
+    entry_wanted = any(wanted[f"w_{name}"] and d is not None for name, d in entries.items())
+    copied = dall.shape[0] * x_TD.shape[1] * x_TD.element_size()
+    together = waiting is not None and entry_wanted and copied <= MAX_WAITING
+    if together:
+        grads |= _entry_weight_grads(x_TD, experts, entries, tiles, wanted, waiting)
+    elif waiting is not None:
+        weight_grad(*waiting[:2], experts.order_N, experts.top_k, tiles.of("hidden_grad"), waiting[2])
+    del waiting  # the copied gradient and the weighted hidden values
     if wanted["x"]:
         grads["x"] = _tokens_grad(x_TD, experts, dgate_NH, dup_NH, dall, tiles)
-    entries = {"gate": dgate_NH if experts.w_merged is None else None, "up": dall}
-    return grads | _entry_weight_grads(x_TD, experts, entries, tiles, wanted)
+    if not together:
+        grads |= _entry_weight_grads(x_TD, experts, entries, tiles, wanted)
+    return grads
 
 
 def _exit_backward(
@@ -155,10 +168,14 @@ def _exit_backward(
     dup_NH: Tensor,
     tiles: Schedules,
     wanted: Wanted,
-) -> dict[str, Tensor]:
-    """Fill the pre-activations' gradients; the gradients of the exit and of the routing weights."""
+) -> tuple[dict[str, Tensor], Product | None]:
+    """Fill the pre-activations' gradients; the gradients of the exit and of the routing weights.
+
+    The second result is a product that is still to be taken: of the exit's matrix, from copied rows.
+    """
     order_N, top_k, at = experts.order_N, experts.top_k, tiles.of("hidden_grad")
     grads: dict[str, Tensor] = {}
+    waiting = None
     weighted_NH = _empty(up_NH, *up_NH.shape)
     rows = None
     if hopper.takes_hidden_grad(grad_TD, experts.w_down, gate_NH, up_NH):
@@ -174,25 +191,28 @@ def _exit_backward(
         if rows is None and weighted_NH.shape[1] >= COPY_GRADIENT_FROM:
             rows = spread(grad_TD, tiles.row_of_slot_N, top_k)
         grads["w_down"] = _empty(experts.w_down, *experts.w_down.shape)
-        weight_grad(
-            grad_TD if rows is None else rows,
-            weighted_NH,
-            order_N,
-            top_k,
-            at,
-            grads["w_down"],
-            gather_g=rows is None,
-        )
+        if rows is None:
+            weight_grad(grad_TD, weighted_NH, order_N, top_k, at, grads["w_down"], gather_g=True)
+        else:
+            waiting = rows, weighted_NH, grads["w_down"]
     if wanted["b_down"] and experts.b_down is not None:
         grads["b_down"] = _empty(experts.b_down, *experts.b_down.shape)
         bias_grad(grad_TD, experts.weights_TK, order_N, top_k, at, grads["b_down"], gather=True)
-    return grads
+    return grads, waiting
 
 
 def _entry_weight_grads(
-    x_TD: Tensor, experts: Experts, entries: Mapping[str, Tensor | None], tiles: Schedules, wanted: Wanted
+    x_TD: Tensor,
+    experts: Experts,
+    entries: Mapping[str, Tensor | None],
+    tiles: Schedules,
+    wanted: Wanted,
+    waiting: Product | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients of the entries' matrices and biases from those of the pre-activations, by entry."""
+    """The gradients of the entries' matrices and biases from those of the pre-activations, by entry.
+
+    With the first of them comes the product that is ``waiting``.
+    """
     order_N, top_k, at = experts.order_N, experts.top_k, tiles.of("hidden_grad")
     shape = (experts.offsets_E.shape[0], x_TD.shape[1])
     present = {name: d for name, d in entries.items() if d is not None}
@@ -205,7 +225,8 @@ def _entry_weight_grads(
         x_NC = spread(x_TD[:, first:end], tiles.row_of_slot_N, top_k)
         for name, d in present.items():
             if f"w_{name}" in grads:
-                weight_grad(d, x_NC, order_N, top_k, at, grads[f"w_{name}"][:, :, first:end])
+                weight_grad(d, x_NC, order_N, top_k, at, grads[f"w_{name}"][:, :, first:end], also=waiting)
+                waiting = None
         del x_NC
     for name, d in present.items():
         if wanted[f"b_{name}"]:

@@ -28,12 +28,15 @@ from moefy.triton_ops.blocks import (
 from moefy.triton_ops.launch import jit, kernel
 from moefy.triton_ops.tiles import Schedule, locate_matrix
 
+Product = tuple[Tensor, Tensor, Tensor]
+"""``(g, x, out)`` of a weight gradient."""
+
 
 def weight_grad(
     g: Tensor, x: Tensor, order_N: Tensor, top_k: int, schedule: Schedule, out_EOI: Tensor,
-    *, gather_g: bool = False, gather_x: bool = False,
+    *, gather_g: bool = False, gather_x: bool = False, also: Product | None = None,
 ) -> None:  # fmt: skip
-    """Fill ``out_EOI``.
+    """Fill ``out_EOI``, and what ``also`` asks for, in one launch where the kernel can.
 
     Args:
         g: [N, O], or tokens [T, O] with ``gather_g``; features side by side.
@@ -44,14 +47,19 @@ def weight_grad(
         out_EOI: the result: contiguous, or a block of columns of such a tensor.
         gather_g: whether row r of ``g`` is that of token ``order[r] // K``.
         gather_x: the same for ``x``.
+        also: another ``(g, x, out)`` over the same rows, nothing of which is gathered.
     """
+    on_hopper = not gather_g and not gather_x and hopper.takes_weight_grad(g, x, out_EOI)
+    if also is not None and not (on_hopper and hopper.takes_weight_grad(*also)):
+        weight_grad(*also[:2], order_N, top_k, schedule, also[2])
+        also = None
     experts, height, width = out_EOI.shape
     if not height or not width or not experts:
         return
-    if not gather_g and not gather_x and hopper.takes_weight_grad(g, x, out_EOI):
+    if on_hopper:
         from moefy.triton_ops.hopper.weight_grad import weight_grad as weight_grad_on_hopper
 
-        weight_grad_on_hopper(g, x, schedule, out_EOI)
+        weight_grad_on_hopper(g, x, schedule, out_EOI, also)
         return
     kernel: Kernel = "gathered_weight_grad" if gather_g or gather_x else "weight_grad"
     block = blocks(kernel, g.dtype, order_N.shape[0], experts, g.device)

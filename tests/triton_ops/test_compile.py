@@ -246,7 +246,9 @@ def hopper_kernels() -> list[Kernel]:
         kernels += [row(hidden_grad, "gate up dgate dup weighted", tiles, ACT=act, GLU=glu, EVEN=even)
                     for even in (True, False)]  # fmt: skip
     tiles = {"g_tiles": tile(weight_grad.STEP, TILE_M), "x_tiles": tile(weight_grad.STEP, TILE_N)}
-    kernels.append(row(weight_grad, "", tiles | {"out_tiles": tile(TILE_M, TILE_N)}, TAKEN=weight_grad.TAKEN))
+    tiles["out_tiles"] = tile(TILE_M, TILE_N)
+    tiles |= {f"also_{name}": kind for name, kind in tiles.items()}
+    kernels += [row(weight_grad, "", tiles, TWO=two, TAKEN=weight_grad.TAKEN) for two in (False, True)]
     return kernels
 
 

@@ -105,6 +105,44 @@ def test_another_experts_nan_stays_there(counts):
             assert torch.allclose(out_EOI[e].double(), want, rtol=2**-8, atol=1e-3 * max(count, 1) ** 0.5)
 
 
+@needs_hopper
+@pytest.mark.parametrize("counts", [[130, 0, 257, 63], [0, 450, 0, 0], [1, 31, 33, 3850]])
+@pytest.mark.parametrize(
+    "sizes", [((256, 320), (128, 1032)), ((128, 64), (384, 256)), ((1024, 8), (256, 96))]
+)
+def test_two_weight_gradients_in_one_launch(counts, sizes):
+    """Each as by a launch of its own, and as a product in float64."""
+    counts_E = torch.tensor(counts)
+    offsets_E, rows = counts_E.cumsum(0).int().cuda(), int(counts_E.sum())
+    products = []
+    for height, width in sizes:
+        g, x = torch.randn(rows, height).cuda().to(HALF), torch.randn(rows, width).cuda().to(HALF)
+        products.append((g, x, torch.full((4, height, width), float("nan"), dtype=HALF, device="cuda")))
+        assert hopper.takes_weight_grad(*products[-1])
+    order_N, at = torch.arange(rows, device="cuda"), schedule(offsets_E, rows, 128)
+    weight_grad.weight_grad(*products[0][:2], order_N, 1, at, products[0][2], also=products[1])
+    for g, x, out_EOI in products:
+        alone_EOI = torch.empty_like(out_EOI)
+        weight_grad.weight_grad(g, x, order_N, 1, at, alone_EOI)
+        assert torch.equal(out_EOI, alone_EOI)
+        parts = zip(g.double().split(counts), x.double().split(counts), strict=True)
+        want_EOI = torch.stack([a.T @ b for a, b in parts])
+        assert (out_EOI.double() - want_EOI).norm() <= 2**-8 * want_EOI.norm()
+
+
+def test_a_second_weight_gradient_where_there_is_one_launch_for_each():
+    """The other kernels take one product at a time."""
+    ends_E = torch.tensor([3, 3, 10], dtype=torch.int32)
+    made = [(torch.randn(10, 5), torch.randn(10, 7), torch.empty(3, 5, 7)) for _ in range(2)]
+    weight_grad.weight_grad(
+        *made[0][:2], ends_E.long(), 1, schedule(ends_E, 10, 32), made[0][2], also=made[1]
+    )
+    for g, x, out_EOI in made:
+        for e, (start, end) in enumerate([(0, 3), (3, 3), (3, 10)]):
+            want = g[start:end].double().T @ x[start:end].double()
+            torch.testing.assert_close(out_EOI[e].double(), want, rtol=1e-5, atol=1e-5)
+
+
 def identity_layer(w_up: torch.Tensor, ends: list[int]) -> expert_ffn.Experts:
     """Experts of ``w_up`` [E, H, D] and nothing else, for rows that lie sorted."""
     E, H, D = w_up.shape

@@ -37,22 +37,32 @@ from moefy.triton_ops.tiles import Schedule, locate_matrix
 STEP, STAGES, GROUP, TAKEN = 32, 6, 16, 4
 
 
-def weight_grad(g_NO: Tensor, x_NI: Tensor, schedule: Schedule, out_EOI: Tensor) -> None:
+def weight_grad(
+    g_NO: Tensor,
+    x_NI: Tensor,
+    schedule: Schedule,
+    out_EOI: Tensor,
+    also: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
     """Fill ``out_EOI`` from rows; arguments as one level up."""
-    experts, height, width = out_EOI.shape
-    tiles = experts * cdiv(height, TILE_M) * cdiv(width, TILE_N)
-    _weight_grad_kernel[(min(tiles, processors(g_NO.device)),)](
-        descriptor(g_NO, STEP, TILE_M), descriptor(x_NI, STEP, TILE_N), descriptor(out_EOI, TILE_M, TILE_N),
-        schedule.experts, schedule.next_counter(), experts, height, width,
+    tiles, (experts, height, width) = [], out_EOI.shape
+    for g, x, out in ((g_NO, x_NI, out_EOI), also or (g_NO, x_NI, out_EOI)):
+        tiles += [descriptor(g, STEP, TILE_M), descriptor(x, STEP, TILE_N), descriptor(out, TILE_M, TILE_N)]
+    also_height, also_width = (0, 0) if also is None else also[2].shape[1:]
+    count = cdiv(height, TILE_M) * cdiv(width, TILE_N) + cdiv(also_height, TILE_M) * cdiv(also_width, TILE_N)
+    _weight_grad_kernel[(min(experts * count, processors(g_NO.device)),)](
+        *tiles, schedule.experts, schedule.next_counter(), experts, height, width, also_height, also_width,
+        TWO=also is not None,
         M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP, TAKEN=TAKEN, num_warps=8,
     )  # fmt: skip
 
 
-@kernel(by=jit, do_not_specialize=["counter"])
+@kernel(by=jit, do_not_specialize=["counter", "also_height", "also_width"])
 def _weight_grad_kernel(
-    g_tiles, x_tiles, out_tiles, experts, counter, num_experts, height, width,
-    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TAKEN: gl.constexpr,
+    g_tiles, x_tiles, out_tiles, also_g_tiles, also_x_tiles, also_out_tiles,
+    experts, counter, num_experts, height, width, also_height, also_width,
+    TWO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, TAKEN: gl.constexpr,
 ):  # fmt: skip
     a_buf = gl.allocate_shared_memory(g_tiles.dtype, [STAGES, STEP, M], g_tiles.layout)
     b_buf = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, STEP, N], x_tiles.layout)
@@ -66,26 +76,51 @@ def _weight_grad_kernel(
         mbarrier.init(taken_full.index(i), count=1)
         mbarrier.init(taken_empty.index(i), count=2)
     ready()
-    row_tiles = tl.cdiv(height, M)
-    column_tiles = tl.cdiv(width, N)
     gl.warp_specialize(
         [
             (_multiply, (
                 a_buf, b_buf, stash, full, empty, stash_full, stash_empty, taken, taken_full, taken_empty,
-                experts, num_experts, row_tiles, column_tiles, M, N, STEP, STAGES, GROUP, TAKEN,
+                experts, num_experts, height, width, also_height, also_width,
+                TWO, M, N, STEP, STAGES, GROUP, TAKEN,
             )),
             (_store, (
-                out_tiles, stash, stash_full, stash_empty, taken, taken_full, taken_empty,
-                experts, num_experts, height, row_tiles, column_tiles, M, N, GROUP, TAKEN,
+                out_tiles, also_out_tiles, stash, stash_full, stash_empty, taken, taken_full, taken_empty,
+                experts, num_experts, height, width, also_height, also_width, TWO, M, N, GROUP, TAKEN,
             )),
             (_load, (
-                g_tiles, x_tiles, a_buf, b_buf, full, empty, taken, taken_full, taken_empty,
-                experts, counter, num_experts, row_tiles, column_tiles, M, N, STEP, STAGES, GROUP, TAKEN,
+                g_tiles, x_tiles, also_g_tiles, also_x_tiles, a_buf, b_buf, full, empty, taken, taken_full, taken_empty,
+                experts, counter, num_experts, height, width, also_height, also_width,
+                TWO, M, N, STEP, STAGES, GROUP, TAKEN,
             )),
         ],
         [1, 1],
         [40, 40],
     )  # fmt: skip
+
+
+@jit
+def _count(num_experts, height, width, also_height, also_width, M: gl.constexpr, N: gl.constexpr):
+    """How many tiles the first product has, and both."""
+    first = num_experts * tl.cdiv(height, M) * tl.cdiv(width, N)
+    return first, first + num_experts * tl.cdiv(also_height, M) * tl.cdiv(also_width, N)
+
+
+@jit
+def _locate(
+    tile, experts, num_experts, height, width, also_height, also_width, first_tiles,
+    TWO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Whether the tile is of the second product, and where it lies in its own."""
+    second = False
+    if TWO:
+        second = tile >= first_tiles
+        tile = gl.where(second, tile - first_tiles, tile)
+        height = gl.where(second, also_height, height)
+        width = gl.where(second, also_width, width)
+    expert, m0, n0, start, end = locate_matrix(
+        tile, experts, num_experts, tl.cdiv(height, M), tl.cdiv(width, N), M, N, GROUP
+    )
+    return second, expert, m0, n0, start, end
 
 
 @jit
@@ -113,12 +148,12 @@ def _hear(taken, taken_full, taken_empty, turn, TAKEN: gl.constexpr):
 
 @jit
 def _load(
-    g_tiles, x_tiles, a_buf, b_buf, full, empty, taken, taken_full, taken_empty,
-    experts, counter, num_experts, row_tiles, column_tiles,
-    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TAKEN: gl.constexpr,
+    g_tiles, x_tiles, also_g_tiles, also_x_tiles, a_buf, b_buf, full, empty, taken, taken_full, taken_empty,
+    experts, counter, num_experts, height, width, also_height, also_width,
+    TWO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, TAKEN: gl.constexpr,
 ):  # fmt: skip
-    total = num_experts * row_tiles * column_tiles
+    first_tiles, total = _count(num_experts, height, width, also_height, also_width, M, N)
     tile = gl.program_id(0)
     stage = 0
     phase = 0
@@ -127,14 +162,18 @@ def _load(
         following = gl.atomic_add(experts + counter, 1, sem="relaxed") + gl.num_programs(0)
         _tell(tile, taken, taken_full, taken_empty, turn, TAKEN)
         turn += 1
-        _, m0, n0, start, end = locate_matrix(
-            tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP
+        second, _, m0, n0, start, end = _locate(
+            tile, experts, num_experts, height, width, also_height, also_width, first_tiles, TWO, M, N, GROUP
         )
         for row in range(start, end, STEP):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), (M + N) * STEP * 2)
-            load_tile(g_tiles, [row, m0], full.index(stage), a_buf.index(stage))
-            load_tile(x_tiles, [row, n0], full.index(stage), b_buf.index(stage))
+            if second:
+                load_tile(also_g_tiles, [row, m0], full.index(stage), a_buf.index(stage))
+                load_tile(also_x_tiles, [row, n0], full.index(stage), b_buf.index(stage))
+            else:
+                load_tile(g_tiles, [row, m0], full.index(stage), a_buf.index(stage))
+                load_tile(x_tiles, [row, n0], full.index(stage), b_buf.index(stage))
             stage, phase = advance(stage, phase, STAGES)
         tile = following
     _tell(total, taken, taken_full, taken_empty, turn, TAKEN)
@@ -143,18 +182,20 @@ def _load(
 @jit
 def _multiply(
     a_buf, b_buf, stash, full, empty, stash_full, stash_empty, taken, taken_full, taken_empty,
-    experts, num_experts, row_tiles, column_tiles,
-    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    TAKEN: gl.constexpr,
+    experts, num_experts, height, width, also_height, also_width,
+    TWO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, TAKEN: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    total = num_experts * row_tiles * column_tiles
+    first_tiles, total = _count(num_experts, height, width, also_height, also_width, M, N)
     stage = 0
     phase = 0
     turn = 0
     tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
     while tile < total:
-        _, _, _, start, end = locate_matrix(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        _, _, _, _, start, end = _locate(
+            tile, experts, num_experts, height, width, also_height, also_width, first_tiles, TWO, M, N, GROUP
+        )
         acc = gl.zeros([M, N], gl.float32, ACC)
         acc, stage, phase = accumulate(
             acc, a_buf, b_buf, full, empty, stage, phase, end - start, True, False, True, STEP, STAGES
@@ -166,17 +207,22 @@ def _multiply(
 
 @jit
 def _store(
-    out_tiles, stash, stash_full, stash_empty, taken, taken_full, taken_empty,
-    experts, num_experts, height, row_tiles, column_tiles,
-    M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr, TAKEN: gl.constexpr,
+    out_tiles, also_out_tiles, stash, stash_full, stash_empty, taken, taken_full, taken_empty,
+    experts, num_experts, height, width, also_height, also_width,
+    TWO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr, TAKEN: gl.constexpr,
 ):  # fmt: skip
-    total = num_experts * row_tiles * column_tiles
+    first_tiles, total = _count(num_experts, height, width, also_height, also_width, M, N)
     turn = 0
     tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
     while tile < total:
-        expert, m0, n0, _, _ = locate_matrix(tile, experts, num_experts, row_tiles, column_tiles, M, N, GROUP)
+        second, expert, m0, n0, _, _ = _locate(
+            tile, experts, num_experts, height, width, also_height, also_width, first_tiles, TWO, M, N, GROUP
+        )
         mbarrier.wait(stash_full, turn & 1)
-        store_tile(out_tiles, [expert * height + m0, n0], stash)
+        if second:
+            store_tile(also_out_tiles, [expert * also_height + m0, n0], stash)
+        else:
+            store_tile(out_tiles, [expert * height + m0, n0], stash)
         store_wait(0)
         mbarrier.arrive(stash_empty, count=1)
         turn += 1
