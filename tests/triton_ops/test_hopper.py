@@ -130,10 +130,10 @@ def test_two_weight_gradients_in_one_launch(counts, sizes):
         assert (out_EOI.double() - want_EOI).norm() <= 2**-8 * want_EOI.norm()
 
 
-def test_a_second_weight_gradient_where_there_is_one_launch_for_each():
+def test_a_second_weight_gradient_where_there_is_one_launch_for_each(device):
     """The other kernels take one product at a time."""
-    ends_E = torch.tensor([3, 3, 10], dtype=torch.int32)
-    made = [(torch.randn(10, 5), torch.randn(10, 7), torch.empty(3, 5, 7)) for _ in range(2)]
+    ends_E = torch.tensor([3, 3, 10], dtype=torch.int32, device=device)
+    made = [[torch.randn(*s, device=device) for s in ((10, 5), (10, 7), (3, 5, 7))] for _ in range(2)]
     weight_grad.weight_grad(
         *made[0][:2], ends_E.long(), 1, schedule(ends_E, 10, 32), made[0][2], also=made[1]
     )
