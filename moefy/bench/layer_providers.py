@@ -3,8 +3,7 @@
 T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; P = 2H with a gate, else H.
 
 Contract: "moefy" is ``moefy.ops`` as a layer calls it, eager, compiled in one graph, and compiled with
-``mode="reduce-overhead"``, which replays CUDA graphs (a small layer's launches take longer than its kernels);
-"grouped_mm+ compiled" is the
+``mode="reduce-overhead"``, which replays CUDA graphs; "grouped_mm+ compiled" is the
 best that torch alone does (sort, gather and combine with hand-written backwards, ``grouped_mm``, Inductor); "loop" is
 the loop over experts; "dense" is no MoE layer but the products that any must do, as single matrices: the ceiling.
 
