@@ -141,8 +141,12 @@ def _descriptor_class() -> type[Any]:
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 is multiplied: in full, or in tf32 where torch was told that it may be."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 and dtype is torch.float32
-    return "tf32" if allowed else "ieee"
+    return "tf32" if dtype is torch.float32 and tf32_allowed() else "ieee"
+
+
+def tf32_allowed() -> bool:
+    """Whether torch was told so, by whichever of its switches; ``allow_tf32`` cannot be read behind the newer ones."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def cdiv(a: int, b: int) -> int:

@@ -31,9 +31,9 @@ COPY_GRADIENT_FROM = 2048
 MAX_COPY = 512 << 20
 # But in so few blocks, since each is a launch of its own.
 MAX_COPIES = 16
-# Where a copy of the rows of x takes at most this many bytes, the exit's gradient waits for an entry's and both come
+# Where what both read takes at most this many bytes, the gradient of w_down waits for that of an entry and they come
 # from one launch: the last tiles of a small product leave many processors idle.
-MAX_WAITING = 64 << 20
+MAX_WAITING = 384 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,9 +144,7 @@ def backward(
     dgate_NH, dup_NH, dall = dentry
     grads, waiting = _exit_backward(grad_TD, experts, gate_NH, up_NH, dgate_NH, dup_NH, tiles, wanted)
     entries = {"gate": dgate_NH if experts.w_merged is None else None, "up": dall}
-    entry_wanted = any(wanted[f"w_{name}"] and d is not None for name, d in entries.items())
-    copied = dall.shape[0] * x_TD.shape[1] * x_TD.element_size()
-    together = waiting is not None and entry_wanted and copied <= MAX_WAITING
+    together = waiting is not None and _bytes(*waiting[:2]) + _bytes(x_TD) * experts.top_k <= MAX_WAITING
     if together:
         grads |= _entry_weight_grads(x_TD, experts, entries, tiles, wanted, waiting)
     elif waiting is not None:
@@ -157,6 +155,10 @@ def backward(
     if not together:
         grads |= _entry_weight_grads(x_TD, experts, entries, tiles, wanted)
     return grads
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _exit_backward(
@@ -211,7 +213,7 @@ def _entry_weight_grads(
 ) -> dict[str, Tensor]:
     """The gradients of the entries' matrices and biases from those of the pre-activations, by entry.
 
-    With the first of them comes the product that is ``waiting``.
+    With the first of them, or else by itself, comes the product that is ``waiting``.
     """
     order_N, top_k, at = experts.order_N, experts.top_k, tiles.of("hidden_grad")
     shape = (experts.offsets_E.shape[0], x_TD.shape[1])
@@ -228,6 +230,8 @@ def _entry_weight_grads(
                 weight_grad(d, x_NC, order_N, top_k, at, grads[f"w_{name}"][:, :, first:end], also=waiting)
                 waiting = None
         del x_NC
+    if waiting is not None:
+        weight_grad(*waiting[:2], order_N, top_k, at, waiting[2])
     for name, d in present.items():
         if wanted[f"b_{name}"]:
             grads[f"b_{name}"] = _empty(d, shape[0], d.shape[1])

@@ -91,6 +91,11 @@ def watch(watcher: Watcher | None) -> None:
     _watching.watcher = watcher
 
 
+def watched() -> bool:
+    """Whether this thread's launches are told to a watcher."""
+    return _watching.watcher is not None
+
+
 def _specialisation(args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """``(traits, values)``: what Triton specialises run-time arguments on, and these with tensors as addresses.
 

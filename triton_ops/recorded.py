@@ -1,8 +1,8 @@
 """Launches recorded once and replayed with other addresses, for layers so small that the host is what takes the time.
 
-What a launcher of this package does follows from its arguments' shapes, strides, types and alignment alone: which
-kernels, with which sizes, from where to where. To work that out takes Python longer than a small layer's kernels take
-the GPU.
+What a launcher of this package does follows from its arguments' shapes, strides, types and alignment, and from whether
+tf32 is allowed: which kernels, with which sizes, from where to where. To work that out takes Python longer than a small
+layer's kernels take the GPU.
 
 Contract: ``Recorded(function)(tensors, options)`` gives what ``function(tensors, options)`` gives. The second call of a
 kind is recorded, from the third on its launches are repeated. ``function`` may allocate with ``torch.empty``, take
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -27,11 +28,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefy.triton_ops import launch
+from moefy.triton_ops.blocks import tf32_allowed
 
 Tensors = Sequence[Any]  # tensors or None, the first a tensor; all on one device, which is the current one
 Function = Callable[[Tensors, tuple[Hashable, ...]], tuple[Tensor, ...]]
 
-# Kinds of calls that are remembered. With more all are forgotten: lengths that never repeat would fill the memory.
+# Kinds of calls that are remembered, the latest: lengths that never repeat would fill the memory.
 MAX_KINDS = 256
 
 
@@ -44,30 +46,40 @@ class Recorded:
 
     def __call__(self, tensors: Tensors, options: tuple[Hashable, ...]) -> tuple[Tensor, ...]:
         """The results of ``function``; ``options`` are all else that its launches depend on."""
+        if launch.watched():  # a replay would launch behind the back of a recording
+            return self._function(tensors, options)
         kind = _kind(tensors, options)
         tape = self._tapes.get(kind, _UNSEEN)
         if isinstance(tape, Tape):
             return tape.replay(tensors)
-        if tape is _ONCE:
-            recorder = _Recorder(tensors)
-            with recorder:
-                results = self._function(tensors, options)
-            self._tapes[kind] = recorder.tape(results)
-            return results
+        if tape is _ONCE and _RECORDING.acquire(blocking=False):
+            try:
+                return self._record(kind, tensors, options)
+            finally:
+                _RECORDING.release()
         if tape is _UNSEEN:
             if len(self._tapes) >= MAX_KINDS:
-                self._tapes.clear()
+                self._tapes.pop(next(iter(self._tapes)), None)
             self._tapes[kind] = _ONCE
         return self._function(tensors, options)
+
+    def _record(self, kind: Hashable, tensors: Tensors, options: tuple[Hashable, ...]) -> tuple[Tensor, ...]:
+        recorder = _Recorder(tensors)
+        with recorder:
+            results = self._function(tensors, options)
+        self._tapes[kind] = recorder.tape(results)
+        return results
 
 
 _UNSEEN: Any = object()
 _ONCE: Any = object()
+# One thread at a time: torch's modes restore flags of the process, so that two which overlap would leave one set.
+_RECORDING = threading.Lock()
 
 
 def _kind(tensors: Tensors, options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
     """All that the launches may depend on."""
-    kind: list[Hashable] = [options, tensors[0].device, torch.backends.cuda.matmul.allow_tf32]
+    kind: list[Hashable] = [options, tensors[0].device, tf32_allowed()]
     for tensor in tensors:
         if tensor is None:
             kind.append(None)
@@ -76,11 +88,12 @@ def _kind(tensors: Tensors, options: tuple[Hashable, ...]) -> tuple[Hashable, ..
     return tuple(kind)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Launch:
     """One launch. ``places`` and ``tiles`` name, of ``values``, the addresses and the descriptors that hold one.
 
     Each is ``(index, source, offset)``: so many bytes behind the source-th of all arguments and then all buffers.
+    ``begins`` and ``ends`` are known when the recording is over.
     """
 
     compiled: Any
@@ -173,11 +186,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in _ALLOCATIONS:
+        if func in _ALLOCATIONS:
             self._youngest[result.data_ptr()] = len(self._buffers)
             self._buffers.append((tuple(result.shape), result.dtype))
             self._lives.append([])
-            self._faithful &= result.is_contiguous()
+            self._faithful &= result.is_contiguous() and result.device == self._device
         elif not (func.is_view and _same_storage(args[0], result)):
             self._faithful = False
         return result
@@ -248,4 +261,5 @@ def _same_storage(tensor: Tensor, views: Tensor | Sequence[Tensor]) -> bool:
     return all(v.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for v in found)
 
 
-_ALLOCATIONS = frozenset((torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like))
+_ATEN = torch.ops.aten
+_ALLOCATIONS = frozenset((_ATEN.empty.memory_format, _ATEN.new_empty.default, _ATEN.empty_like.default))

@@ -97,9 +97,10 @@ def layer_arguments(glu, dtype, tokens_, seed):
     x_TD, grad_TD = (torch.randn(tokens_, width, device="cuda", dtype=dtype) for _ in range(2))
     weights_TK, index_TK = ops.top_k_softmax(torch.randn(tokens_, experts, device="cuda"), top_k)
     order_N, offsets_E = ops.sort_by_expert(index_TK, experts)
-    shapes = [(experts, hidden, width), (experts, entry, width), (experts, width, hidden)]
-    w_gate, w_up, w_down = (torch.randn(shape, device="cuda", dtype=dtype) / 8 for shape in shapes)
+    entries = torch.randn(2, experts, entry, width, device="cuda", dtype=dtype) / 8
+    w_gate, w_up = entries.unbind(0)  # always as far apart, which is of the kind of a call
     w_gate = w_gate if glu == "separate" else None
+    w_down = torch.randn(experts, width, hidden, device="cuda", dtype=dtype) / 8
     return (x_TD, weights_TK, order_N, offsets_E, w_gate, None, w_up, None, w_down, None), grad_TD
 
 
@@ -113,11 +114,9 @@ def test_replayed_launches_give_the_same_bits(glu, dtype, tokens_):
 
     mask = [True, True, glu == "separate", False, True, False, True, False]
     before = {f: len(recorded(f)._tapes) for f in (cuda_ffn._forward, cuda_ffn._backward)}
-    held, first = [], layer_arguments(glu, dtype, tokens_, 0)[0]
+    held = []
     for seed in range(5):
         args, grad_TD = layer_arguments(glu, dtype, tokens_, seed)
-        if glu == "separate":  # how far these two lie apart is of the kind
-            args = *args[:4], first[4], None, first[6], *args[7:]
         apart = cuda_ffn._apart(args[4], args[6])
         got = torch.ops.moefy.expert_ffn(*args, "silu", glu, True, False)
         want = cuda_ffn._forward(args, ("silu", glu, True, apart))
@@ -131,6 +130,28 @@ def test_replayed_launches_give_the_same_bits(glu, dtype, tokens_):
     for f, count in before.items():
         tapes = recorded(f)._tapes
         assert len(tapes) > count and any(type(t).__name__ == "Tape" for t in [*tapes.values()][count:])
+
+
+@pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first"])
+def test_replayed_backwards_that_write_over_the_saved_rows(glu):
+    """The same bits as a backward that leaves them alone."""
+    from moefy.ops import cuda_ffn
+
+    mask = (True, True, glu == "separate", False, True, False, True, False)
+    for seed in range(5):
+        args, grad_TD = layer_arguments(glu, torch.bfloat16, 300, seed)
+        apart = cuda_ffn._apart(args[4], args[6])
+        _, *rows = cuda_ffn._forward(args, ("silu", glu, True, apart))
+        rows = [None if r.dim() == 1 else r for r in rows]
+        want = cuda_ffn._backward((grad_TD, *args, *rows), ("silu", glu, mask, False, apart))
+        places = [i for i in (0, 1, 4, 6, 8) if args[i] is not None]
+        inputs = {i: args[i].detach().requires_grad_() for i in places}
+        out_TD = torch.ops.moefy.expert_ffn(
+            *(inputs.get(i, a) for i, a in enumerate(args)), "silu", glu, True, True
+        )[0]
+        got = torch.autograd.grad(out_TD, [*inputs.values()], grad_TD)
+        wanted = [w for w, m in zip(want, mask, strict=True) if m]
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_replayed_launches_in_a_cuda_graph():

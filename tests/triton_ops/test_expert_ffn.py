@@ -70,7 +70,7 @@ class Layer:
         self.order = torch.argsort(ids, stable=True)
         counts = torch.bincount(ids, minlength=E + 1)[:E]
         self.offsets = counts.cumsum(0).to(torch.int32)
-        merged = draw(E, 2 * H, D, scale=D**-0.5)
+        merged = draw(E, 2 * H, D, scale=max(D, 1) ** -0.5)
         merged_bias = draw(E, 2 * H)
         up, gate = (
             (slice(H, None), slice(None, H))
@@ -302,11 +302,14 @@ def test_without_descriptors(device, guard_bands, monkeypatch):
     check(Case(), device, guard_bands)
 
 
-def test_copied_rows(device, guard_bands, monkeypatch):
-    """Wide experts read copies of the rows."""
+@pytest.mark.parametrize("waiting", [-1, 384 << 20])
+def test_copied_rows(waiting, device, guard_bands, monkeypatch):
+    """Wide experts read copies of the rows, and the gradient of the exit's matrix may wait for an entry's."""
     monkeypatch.setattr(expert_ffn, "COPY_GRADIENT_FROM", 1)
+    monkeypatch.setattr(expert_ffn, "MAX_WAITING", waiting)
     monkeypatch.setattr(f"{entry.__module__}.COPY_TOKENS_FROM", 1)
     check(Case(), device, guard_bands)
+    check(Case(T=9, D=0), device, guard_bands)
 
 
 @pytest.mark.parametrize("without", ["b_up", "b_gate", "b_down"])

@@ -174,6 +174,28 @@ def test_descriptors_move(add):
     assert calls.ran == 2
 
 
+def test_whether_tf32_is_allowed_is_of_the_kind(add):
+    calls = Calls(chain(add))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            for _ in range(3):
+                calls(torch.randn(8), torch.randn(8))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert calls.ran == 4
+
+
+def test_results_without_elements(add):
+    calls = Calls(lambda t: (t[0].new_empty(0), add(t[0], t[0], torch.empty(8)), torch.empty(0, 3)))
+    for _ in range(4):
+        a = torch.randn(8)
+        none, twice, rows = calls(a)
+        assert torch.equal(twice, a + a) and none.shape == (0,) and rows.shape == (0, 3)
+    assert calls.ran == 2
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -181,12 +203,25 @@ def test_descriptors_move(add):
         lambda add: lambda t: (add(t[0], torch.zeros(8), torch.empty(8)),),
         lambda add: lambda t: (add(t[0], t[2].t().contiguous().view(-1), torch.empty(8)),),
         lambda add: lambda t: (add(t[0], t[2].t().reshape(-1), torch.empty(8)),),
+        lambda add: lambda t: (add(t[0], torch.empty(8, out=t[3]), torch.empty(8)),),
+        lambda add: lambda t: (torch.empty(8, device="meta"), add(t[0], t[1], torch.empty(8)))[1:],
         lambda add: lambda t: (add(t[0], CONSTANT, torch.empty(8)),),
         lambda add: lambda t: (add(t[0], t[1], t[3]),),
         lambda add: lambda t: (add(t[0], t[1], torch.empty(16))[8:],),
         lambda add: lambda t: (add(t[0], t[1], torch.empty(8, 2).t()[0]),),
     ],
-    ids=["arithmetic", "zeros", "copy", "reshape", "outside", "returns an argument", "a part", "strided"],
+    ids=[
+        "arithmetic",
+        "zeros",
+        "copy",
+        "reshape",
+        "into",
+        "device",
+        "outside",
+        "returns an argument",
+        "a part",
+        "strided",
+    ],
 )
 def test_what_is_more_than_launches_is_never_replayed(add, body):
     calls = Calls(body(add))
@@ -238,6 +273,43 @@ def test_an_error_ends_the_recording(add):
     assert calls.ran == 3
 
 
+def test_one_recorded_function_within_another(add):
+    """The inner one's replays would be launched unseen."""
+    inner = Calls(lambda t: (add(t[0], t[0], torch.empty(8)),))
+    outer = Calls(lambda t: (add(inner(t[0])[0], t[0], torch.empty(8)),))
+    for _ in range(3):
+        inner(torch.randn(8))
+    for _ in range(5):
+        a = torch.randn(8)
+        torch.testing.assert_close(outer(a)[0], 3 * a)
+    assert outer.ran == 2
+
+
+def test_two_threads_that_record_at_once(add):
+    """Overlapping modes would leave torch's flags behind; the second thread just runs."""
+    entered, left = threading.Event(), threading.Event()
+
+    def body(tensors):
+        if slow.ran == 2 and threading.current_thread() is not threading.main_thread():
+            entered.set()
+            assert left.wait(30)
+        return (add(tensors[0], tensors[0], torch.empty(8)),)
+
+    slow, quick = Calls(body), Calls(body)
+    for calls in (slow, quick):
+        calls(torch.ones(8))
+    thread = threading.Thread(target=slow, args=(torch.ones(8),))
+    thread.start()
+    assert entered.wait(30)
+    assert quick(torch.ones(8))[0].tolist() == [2.0] * 8
+    assert recorded._ONCE in quick.recorded._tapes.values()  # recorded when it is free again
+    left.set()
+    thread.join()
+    for _ in range(2):
+        quick(torch.ones(8)), slow(torch.ones(8))
+    assert (slow.ran, quick.ran) == (2, 3)
+
+
 def test_other_threads_are_not_recorded(add):
     def body(tensors):
         thread = threading.Thread(target=add, args=(CONSTANT, CONSTANT, tensors[1]))
@@ -258,6 +330,9 @@ def test_kinds_that_never_repeat_do_not_fill_the_memory(add, monkeypatch):
     for size in range(1, 20):
         calls(torch.randn(size), torch.randn(size))
         assert len(calls.recorded._tapes) <= 4
+    for _ in range(2):
+        calls(torch.randn(19), torch.randn(19))
+    assert calls.ran == 20
 
 
 def test_a_replay_holds_no_more_than_it_needs(add, monkeypatch):

@@ -190,7 +190,8 @@ def _finish(
                     hidden = activate(gate, ACT) * up
                 else:
                     hidden = activate(up, ACT)
-                if ACT == "sigmoid" and not GLU:  # of zero it is not zero: dropped rows have no hidden value
+                if (ACT == "sigmoid" or ACT == "tanh") and not GLU:
+                    # of zero not zero (tanh by a rounding): dropped rows have no hidden value
                     hidden = gl.where(real > 0, hidden, 0.0)
                 out = hidden_out + (base.to(gl.int64) * stride_hidden + at)
                 gl.store(out + (ms[:, None] * stride_hidden + ns[None, :]), hidden.to(dtype), mask)

@@ -9,6 +9,8 @@ small ring, and loads; eight multiply; one stores the last tile by descriptor.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -45,16 +47,21 @@ def weight_grad(
     also: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     """Fill ``out_EOI`` from rows; arguments as one level up."""
-    tiles, (experts, height, width) = [], out_EOI.shape
-    for g, x, out in ((g_NO, x_NI, out_EOI), also or (g_NO, x_NI, out_EOI)):
-        tiles += [descriptor(g, STEP, TILE_M), descriptor(x, STEP, TILE_N), descriptor(out, TILE_M, TILE_N)]
+    experts, height, width = out_EOI.shape
     also_height, also_width = (0, 0) if also is None else also[2].shape[1:]
+    tiles = _descriptors(g_NO, x_NI, out_EOI)
+    also_tiles = tiles if also is None else _descriptors(*also)
     count = cdiv(height, TILE_M) * cdiv(width, TILE_N) + cdiv(also_height, TILE_M) * cdiv(also_width, TILE_N)
     _weight_grad_kernel[(min(experts * count, processors(g_NO.device)),)](
-        *tiles, schedule.experts, schedule.next_counter(), experts, height, width, also_height, also_width,
+        *tiles, *also_tiles, schedule.experts, schedule.next_counter(), experts, height, width, also_height, also_width,
         TWO=also is not None,
         M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP, TAKEN=TAKEN, num_warps=8,
     )  # fmt: skip
+
+
+def _descriptors(g_NO: Tensor, x_NI: Tensor, out_EOI: Tensor) -> tuple[Any, Any, Any]:
+    tiles = descriptor(g_NO, STEP, TILE_M), descriptor(x_NI, STEP, TILE_N)
+    return *tiles, descriptor(out_EOI, TILE_M, TILE_N)
 
 
 @kernel(by=jit, do_not_specialize=["counter", "also_height", "also_width"])
