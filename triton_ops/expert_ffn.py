@@ -145,10 +145,7 @@ def backward(
     grads, waiting = _exit_backward(grad_TD, experts, gate_NH, up_NH, dgate_NH, dup_NH, tiles, wanted)
     entries = {"gate": dgate_NH if experts.w_merged is None else None, "up": dall}
     together = waiting is not None and _bytes(*waiting[:2]) + _bytes(x_TD) * experts.top_k <= MAX_WAITING
-    if together:
-        grads |= _entry_weight_grads(x_TD, experts, entries, tiles, wanted, waiting)
-    elif waiting is not None:
-        weight_grad(*waiting[:2], experts.order_N, experts.top_k, tiles.of("hidden_grad"), waiting[2])
+    grads |= _entry_weight_grads(x_TD, experts, entries if together else {}, tiles, wanted, waiting)
     del waiting  # the copied gradient and the weighted hidden values
     if wanted["x"]:
         grads["x"] = _tokens_grad(x_TD, experts, dgate_NH, dup_NH, dall, tiles)

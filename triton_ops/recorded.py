@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moefy.triton_ops import launch
 from moefy.triton_ops.blocks import tf32_allowed
 
-Tensors = Sequence[Any]  # tensors or None, the first a tensor; all on one device, which is the current one
+Tensors = Sequence[Any]  # tensors or None, the first a tensor; all on one device
 Function = Callable[[Tensors, tuple[Hashable, ...]], tuple[Tensor, ...]]
 
 # Kinds of calls that are remembered, the latest: lengths that never repeat would fill the memory.
@@ -121,18 +121,19 @@ class Tape:
         at += [0] * len(self.buffers)
         alive: list[Any] = [None] * len(self.buffers)
         stream = launch.raw_stream(self.device.index)
-        for one in self.launches:
-            for i in one.begins:
-                alive[i] = self._empty(i)
-                at[first + i] = alive[i].data_ptr()
-            values = one.values.copy()
-            for i, source, offset in one.places:
-                values[i] = at[source] + offset
-            for i, source, offset in one.tiles:
-                values[i] = _moved(values[i], at[source] + offset)
-            one.compiled[one.grid](*values, stream=stream)
-            for i in one.ends:
-                alive[i] = None
+        with launch.on_device(tensors[0]):
+            for one in self.launches:
+                for i in one.begins:
+                    alive[i] = self._empty(i)
+                    at[first + i] = alive[i].data_ptr()
+                values = one.values.copy()
+                for i, source, offset in one.places:
+                    values[i] = at[source] + offset
+                for i, source, offset in one.tiles:
+                    values[i] = _moved(values[i], at[source] + offset)
+                one.compiled[one.grid](*values, stream=stream)
+                for i in one.ends:
+                    alive[i] = None
         return tuple(self._empty(i) if alive[i] is None else alive[i] for i in self.results)
 
     def _empty(self, i: int) -> Tensor:

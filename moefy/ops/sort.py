@@ -47,12 +47,10 @@ def _kernel(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def _cuda(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     from moefy.triton_ops import sort as kernels
-    from moefy.triton_ops.launch import on_device
 
     if num_experts > kernels.MAX_EXPERTS:
         return _kernel(top_k_index_TK, num_experts)
-    with on_device(top_k_index_TK):
-        order_N, offsets_E = recorded(_launches)((_slot_ids(top_k_index_TK).contiguous(),), (num_experts,))
+    order_N, offsets_E = recorded(_launches)((_slot_ids(top_k_index_TK).contiguous(),), (num_experts,))
     return order_N, offsets_E
 
 

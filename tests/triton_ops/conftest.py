@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from moefy.triton_ops import launch
+
 POISON, GUARD_BYTES = 0xA5, 256
 
 
@@ -24,6 +26,23 @@ def device() -> str:
         return "cuda"
     assert os.environ.get("TRITON_INTERPRET") == "1", "triton would look for a GPU"
     return "cpu"
+
+
+@pytest.fixture
+def kernel_of(monkeypatch) -> Callable[..., launch.Kernel]:
+    """A kernel that launches a stand-in for what Triton has jitted, on device 0 and stream 7."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "raw_stream", lambda device: 7)
+
+    def named():
+        """Only its name is used."""
+
+    def make(jitted: object, *, interpreted: bool = False) -> launch.Kernel:
+        kernel = launch.Kernel(named)
+        kernel.jitted, kernel._interpreted = jitted, interpreted
+        return kernel
+
+    return make
 
 
 class GuardBands(TorchFunctionMode):

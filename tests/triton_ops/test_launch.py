@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moefy.triton_ops import launch
-
 
 class Jitted:
     """Stands for Triton: compiles into a recorder of launches and counts how often."""
@@ -34,17 +32,9 @@ class Compiled:
         return lambda *args, stream: self.jitted.launches.append((self.number, grid, args, stream))
 
 
-def function():
-    """Only its name is used."""
-
-
 @pytest.fixture
-def kernel(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "raw_stream", lambda device: 7)
-    made = launch.Kernel(function)
-    made.jitted, made._interpreted = Jitted(), False
-    return made
+def kernel(kernel_of):
+    return kernel_of(Jitted())
 
 
 def arguments(**changes):

@@ -50,21 +50,14 @@ class Jitted:
 
 
 @pytest.fixture
-def add(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "raw_stream", lambda device: 7)
-    kernel = launch.Kernel(add_kernel)
-    kernel.jitted, kernel._interpreted = Jitted(), False
+def add(kernel_of):
+    kernel = kernel_of(Jitted())
 
     def add(a, b, out, n=0):
         kernel[(1,)](a, b, out, out.numel(), n=n)
         return out
 
     return add
-
-
-def add_kernel():
-    """Only its name is used."""
 
 
 class Calls:
@@ -245,9 +238,8 @@ def test_arguments_that_overlap_are_never_replayed(add):
     assert calls.ran == 6
 
 
-def test_interpreted_kernels_are_never_replayed(add):
-    kernel = launch.Kernel(add_kernel)
-    kernel.jitted, kernel._interpreted = Jitted(), True
+def test_interpreted_kernels_are_never_replayed(kernel_of):
+    kernel = kernel_of(Jitted(), interpreted=True)
     calls = Calls(lambda t: (kernel[(1,)](t[0], t[0], t[1], 8, n=0), t[0].new_empty(0))[1:])
     for i in range(4):
         calls(torch.randn(8), torch.randn(8))
