@@ -73,8 +73,12 @@ def sort_tiles(ids_N: Tensor, order_N: Tensor, offsets_E: Tensor, row_N: Tensor 
 
 
 def pairs_blocks(slots: int) -> dict[str, int]:
-    """Blocks of ``pairs_kernel``; ``MAX_SLOTS`` in powers of two, so that few kernels are compiled."""
-    return {"MAX_SLOTS": max(128, next_power_of_2(slots)), "BLOCK": 64, "OTHERS": 64, "num_warps": 4}
+    """Blocks of ``pairs_kernel``; ``MAX_SLOTS`` in powers of two, so that few kernels are compiled.
+
+    A program's steps wait for their loads one after the other: many programs of few steps.
+    """
+    most = max(128, next_power_of_2(slots))
+    return {"MAX_SLOTS": most, "BLOCK": 16, "OTHERS": min(most, 512), "num_warps": 4}
 
 
 def tile_blocks(num_experts: int) -> dict[str, int]:
