@@ -8,6 +8,6 @@ so results are bit-repeatable. This package imports torch and triton and nothing
     top_k, sort                            from router logits to sorted rows
     entry, linear, hidden_grad,
     weight_grad, gather_sum                the products of an FFN and their gradients
-    hopper                                 three of them for Hopper cards, in Gluon
+    hopper                                 four of them for Hopper cards, in Gluon
     expert_ffn                             the whole FFN out of these
 """

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from moefy.triton_ops import hopper
 from moefy.triton_ops.blocks import (
     Blocks,
     blocks,
@@ -52,6 +53,11 @@ def linear(
     """
     (rows, width), depth = out.shape, a.shape[1]
     if not rows or not width:
+        return
+    if hopper.takes_linear(a, w, out, transposed, second):
+        from moefy.triton_ops.hopper.linear import linear as linear_on_hopper
+
+        linear_on_hopper(a, w, bias, schedule, out, transposed, second)
         return
     a2, w2 = second if second is not None else (a, w)
     block = blocks("linear", a.dtype, rows, schedule.num_experts, a.device)

@@ -206,7 +206,7 @@ def hopper_kernels() -> list[Kernel]:
     """What runs on Hopper alone, in Gluon: GLU and plain, with every epilogue there is, in bf16."""
     from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
 
-    from moefy.triton_ops.hopper import TILE_M, TILE_N, entry, hidden_grad, weight_grad
+    from moefy.triton_ops.hopper import TILE_M, TILE_N, entry, hidden_grad, linear, weight_grad
 
     def tile(*block: int) -> str:
         layout = NVMMASharedLayout.get_default_for(list(block), bfloat16)
@@ -231,7 +231,12 @@ def hopper_kernels() -> list[Kernel]:
         signature = {n: types.get(n, "i32") for n in function.arg_names if n not in constants}
         aligned = tuple(n for n, kind in signature.items() if kind == "i32")
         return Kernel(
-            f"{module.__name__}:_{name}_kernel", signature, constants, {"num_warps": 8}, aligned, (90,)
+            f"{module.__name__}:_{name}_kernel",
+            signature,
+            constants,
+            {"num_warps": 8 if name == "hidden_grad" else 4},
+            aligned,
+            (90,),
         )
 
     kernels = []
@@ -243,10 +248,22 @@ def hopper_kernels() -> list[Kernel]:
             for even in (True, False)
         ]  # fmt: skip
         tiles = {"grad_tiles": tile(TILE_M, hidden_grad.STEP), "w_tiles": tile(hidden_grad.STEP, TILE_N)}
-        kernels += [row(hidden_grad, "gate up dgate dup weighted", tiles, ACT=act, GLU=glu, EVEN=even)
+        kernels += [row(hidden_grad, "gate up dgate dup weighted", tiles, ACT=act, GLU=glu, EVEN=even,
+                        PIECE=hidden_grad.PIECE, WIDE=hidden_grad.GLU_WIDE if glu else TILE_N)
                     for even in (True, False)]  # fmt: skip
+    for transposed, two, bias in (
+        (False, False, True),
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+    ):
+        weights = tile(linear.STEP, TILE_N) if transposed else tile(TILE_N, linear.STEP)
+        rows = tile(TILE_M, linear.STEP)
+        tiles = {"a_tiles": rows, "a2_tiles": rows, "w_tiles": weights, "w2_tiles": weights}
+        tiles["out_tiles"] = tile(TILE_M // 2, TILE_N)
+        kernels.append(row(linear, "bias out", tiles, TRANSPOSED=transposed, TWO=two, BIAS=bias))
     tiles = {"g_tiles": tile(weight_grad.STEP, TILE_M), "x_tiles": tile(weight_grad.STEP, TILE_N)}
-    tiles["out_tiles"] = tile(TILE_M, TILE_N)
+    tiles["out_tiles"] = tile(TILE_M // 2, TILE_N)
     tiles |= {f"also_{name}": kind for name, kind in tiles.items()}
     kernels += [row(weight_grad, "", tiles, TWO=two, TAKEN=weight_grad.TAKEN) for two in (False, True)]
     return kernels
@@ -258,6 +275,7 @@ KERNELS: dict[str, list[Kernel]] = {
     "rows in fp32": row_movers(FULL),
     "expert FFN in bf16": ffn_kernels(HALF, 262144, tma=True),
     "expert FFN in bf16, few rows": ffn_kernels(HALF, 128, tma=True),
+    "expert FFN in bf16, 32 rows an expert": ffn_kernels(HALF, 32 * 64, tma=True),
     "expert FFN in fp32": ffn_kernels(FULL, 262144, tma=True),
     "expert FFN in bf16 by pointers": ffn_kernels(HALF, 262144, tma=False),
     "expert FFN in fp32 by pointers": ffn_kernels(FULL, 262144, tma=False),

@@ -230,13 +230,14 @@ def test_odd_sizes(name, device, guard_bands):
 
 
 WIDE = {
-    "whole tiles": Case(T=256, D=128, H=256, O=128, E=2, glu="merged_gate_first"),
-    "uneven": Case(T=170, D=208, H=136, O=192, E=3, glu="separate"),
-    "merged, in place": Case(T=150, D=64, H=264, O=256, E=3, glu="merged_gate_last", in_place=True),
-    "plain": Case(T=170, D=144, H=384, O=64, E=3, glu="none", activation="gelu_tanh"),
-    "no biases": Case(T=130, D=64, H=512, O=128, E=2, glu="none", bias=False, activation="relu2"),
-    "dropped": Case(T=200, D=80, H=128, O=128, E=3, routing="dropped", activation="sigmoid"),
-    "one expert": Case(T=150, D=128, H=128, O=64, E=5, routing="one expert", glu="merged_gate_first"),
+    "whole tiles": Case(T=256, D=128, H=256, O=256, E=2, glu="merged_gate_first"),
+    "uneven": Case(T=230, D=208, H=136, O=192, E=3, glu="separate"),
+    "merged, in place": Case(T=250, D=64, H=264, O=256, E=3, glu="merged_gate_last", in_place=True),
+    "plain": Case(T=210, D=192, H=384, O=192, E=3, glu="none", activation="gelu_tanh"),
+    "no biases": Case(T=330, D=64, H=512, O=256, E=2, glu="none", bias=False, activation="relu2"),
+    "dropped": Case(T=240, D=80, H=128, O=192, E=3, routing="dropped", activation="sigmoid"),
+    "one expert": Case(T=170, D=128, H=128, O=320, E=5, routing="one expert", glu="merged_gate_first"),
+    "narrow": Case(T=200, D=128, H=128, O=64, E=3),
 }
 
 
@@ -245,6 +246,27 @@ WIDE = {
 def test_rows_enough_for_wide_tiles(name, dtype, device, guard_bands):
     """Tiles of 128 rows; on a Hopper card the kernels of ``triton_ops.hopper``."""
     check(dataclasses.replace(WIDE[name], dtype=dtype), device, guard_bands)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="interpreted programs take many tiles as it is")
+@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize("name", WIDE)
+def test_programs_that_take_many_tiles(name, processors, device, guard_bands, monkeypatch):
+    """A program's barriers and stages go on from tile to tile."""
+    kernels = ("entry", "linear", "hidden_grad", "weight_grad")
+    for module in (*kernels, *(f"hopper.{name}" for name in kernels)):
+        monkeypatch.setattr(f"moefy.triton_ops.{module}.processors", lambda device: processors)
+    check(dataclasses.replace(WIDE[name], dtype=torch.bfloat16), device, guard_bands)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("T", [100, 130])
+@pytest.mark.parametrize("glu", ["none", "separate"])
+def test_some_tens_of_rows_an_expert(glu, T, dtype, device, guard_bands):
+    """Tiles of 64 rows in the forward; in the backward of 32, from 48 rows an expert on of 128."""
+    case = Case(T=T, D=72, H=136, O=192, E=5, glu=glu, dtype=dtype)
+    assert blocks.blocks("linear", dtype, case.T * case.K, case.E, torch.device("cpu")).m == 64
+    check(case, device, guard_bands)
 
 
 @pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first", "merged_gate_last"])

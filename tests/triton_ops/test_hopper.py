@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from moefy.triton_ops import expert_ffn, hopper, weight_grad
+from moefy.triton_ops import expert_ffn, hopper, linear, weight_grad
 from moefy.triton_ops.tiles import schedule
 
 HALF = torch.bfloat16
@@ -47,21 +47,36 @@ def test_what_the_entry_takes(everywhere):
     assert hopper.takes_entry(
         x, *half(2, 192, 64).unflatten(1, (2, 96)).unbind(1), 512
     )  # a merged weight's halves
-    assert not hopper.takes_entry(x, None, w, 95)  # few rows
+    assert not hopper.takes_entry(x, None, w, 127)  # few rows
     assert not hopper.takes_entry(x.float(), None, w.float(), 512)
     assert not hopper.takes_entry(half(256, 72), None, half(2, 96, 72), 512)  # no multiple of 16
     assert not hopper.takes_entry(half(257, 64)[:, 1:61], None, w, 512)  # not on 16 bytes
 
 
+def test_what_the_linear_takes(everywhere):
+    a, w, out = half(512, 72), half(2, 96, 72), half(512, 96)
+    assert hopper.takes_linear(a, w, out, False, None)
+    assert hopper.takes_linear(a, half(2, 192, 72)[:, 96:], out, False, None)  # a merged weight's half
+    assert not hopper.takes_linear(a[:127], w, out[:127], False, None)  # few rows
+    assert not hopper.takes_linear(a, half(2, 72, 96), out, True, None)  # a step would reach the next expert
+    a, w = half(512, 128), half(2, 128, 96)
+    assert hopper.takes_linear(a, w, out, True, (a, w))
+    assert not hopper.takes_linear(a, w, out, True, (half(512, 129)[:, 1:], w))  # not on 16 bytes
+    assert not hopper.takes_linear(a, w, half(512, 100)[:, :96], True, None)  # rows of 200 bytes
+    assert not hopper.takes_linear(a, w.to(torch.float16), out, True, None)
+    assert not hopper.takes_linear(a, w, out.float(), True, None)
+
+
 def test_what_the_hidden_gradient_takes(everywhere):
-    grad, w, up = half(512, 128), half(2, 128, 96), half(512, 96)
+    grad, w, up = half(512, 192), half(2, 192, 96), half(512, 96)
     assert hopper.takes_hidden_grad(grad, w, None, up)
     assert hopper.takes_hidden_grad(grad, w, *half(512, 192).chunk(2, 1))
     assert not hopper.takes_hidden_grad(
-        half(512, 96), half(2, 96, 96), None, up
+        half(512, 224), half(2, 224, 96), None, up
     )  # its last step would be half a step
+    assert not hopper.takes_hidden_grad(half(512, 128), half(2, 128, 96), None, up)  # fewer steps than stages
     assert not hopper.takes_hidden_grad(
-        grad, half(2, 160, 96)[:, :128], None, up
+        grad, half(2, 224, 96)[:, :192], None, up
     )  # experts with a gap between
     assert not hopper.takes_hidden_grad(grad, w, None, half(512, 100)[:, :96])  # rows of 200 bytes
 
@@ -80,6 +95,36 @@ def test_what_the_weight_gradient_takes(everywhere):
 def test_they_run_on_hopper():
     device = torch.device("cuda", torch.cuda.current_device())
     assert hopper.supported(device)
+
+
+@needs_hopper
+@pytest.mark.parametrize("processors", [2, 132])
+@pytest.mark.parametrize("counts", [[130, 0, 257, 63], [0, 450, 0, 0], [1, 64, 65, 385]])
+@pytest.mark.parametrize(
+    ("form", "depth", "width"), [("bias", 72, 520), ("transposed", 128, 136), ("two", 192, 256)]
+)
+def test_linear(form, depth, width, counts, processors, monkeypatch):
+    """Equals a product an expert in float64; the rows behind the last expert's become zeros."""
+    monkeypatch.setattr("moefy.triton_ops.hopper.linear.processors", lambda device: processors)
+    ends_E, experts = torch.tensor(counts).cumsum(0).int().cuda(), len(counts)
+    rows, transposed = int(ends_E[-1]) + 40, form != "bias"
+    pairs = []
+    for _ in range(2 if form == "two" else 1):
+        a = torch.randn(rows, depth, device="cuda").to(HALF)
+        w = torch.randn(experts, *((depth, width) if transposed else (width, depth)), device="cuda").to(HALF)
+        pairs.append((a, w))
+    bias = torch.randn(experts, width, device="cuda").to(HALF) if form == "bias" else None
+    out = torch.full((rows, width), float("nan"), dtype=HALF, device="cuda")
+    second = pairs[1] if form == "two" else None
+    assert hopper.takes_linear(*pairs[0], out, transposed, second)
+    linear.linear(*pairs[0], bias, schedule(ends_E, rows, 128), out, transposed=transposed, second=second)
+    start = 0
+    for e, end in enumerate(ends_E.tolist()):
+        want = sum(a[start:end].double() @ (w[e] if transposed else w[e].T).double() for a, w in pairs)
+        want += 0 if bias is None else bias[e].double()
+        torch.testing.assert_close(out[start:end].double(), want, rtol=2**-8, atol=2**-8)
+        start = end
+    assert not out[start:].any()
 
 
 @needs_hopper
@@ -103,6 +148,23 @@ def test_another_experts_nan_stays_there(counts):
             assert out_EOI[e].isnan().all()
         else:
             assert torch.allclose(out_EOI[e].double(), want, rtol=2**-8, atol=1e-3 * max(count, 1) ** 0.5)
+
+
+@needs_hopper
+def test_short_experts_one_after_another(monkeypatch):
+    """One program clears the last stage of tile after tile, which are only a stage or two long."""
+    monkeypatch.setattr("moefy.triton_ops.hopper.weight_grad.processors", lambda device: 1)
+    counts = [1, 31, 33, 65, 0, 2, 500, 7] * 8
+    offsets_E, rows = torch.tensor(counts).cumsum(0).int().cuda(), sum(counts)
+    g, x = torch.randn(rows, 256).cuda().to(HALF), torch.randn(rows, 512).cuda().to(HALF)
+    out_EOI = torch.empty(len(counts), 256, 512, dtype=HALF, device="cuda")
+    assert hopper.takes_weight_grad(g, x, out_EOI)
+    weight_grad.weight_grad(
+        g, x, torch.arange(rows, device="cuda"), 1, schedule(offsets_E, rows, 128), out_EOI
+    )
+    parts = zip(g.double().split(counts), x.double().split(counts), out_EOI.double(), strict=True)
+    for of_g, of_x, got in parts:
+        torch.testing.assert_close(got, of_g.T @ of_x, rtol=2**-8, atol=1e-3)
 
 
 @needs_hopper

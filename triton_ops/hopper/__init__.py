@@ -1,14 +1,14 @@
 """The products of an FFN for Hopper, in Gluon: warps that load, warps that multiply, warps that finish.
 
-In ``moefy.triton_ops`` proper a program multiplies a tile, then finishes it, and the tensor cores wait. Here one warp
-group of a program finishes the last tile while two multiply the next one, and a loader is ahead of both.
+In ``moefy.triton_ops`` proper a program multiplies a tile, then finishes it, and the tensor cores wait. Here some
+warps of a program finish the last tile while two groups of four multiply the next one, and loads are ahead of both.
 
 Contract: each module does what its namesake one level up does, for bf16 and fp16 on compute capability 9.x, when the
 function ``takes_...`` here says so. Gluon changes with Triton's versions: with one that these kernels were never
 compiled with nothing is taken, and the kernels one level up run.
 
-    pipeline                             the ring of stages, the products, how a tile is handed over
-    entry, hidden_grad, weight_grad      the kernels
+    pipeline                                     the ring of stages, the products, how a tile is handed over
+    entry, linear, hidden_grad, weight_grad      the kernels
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moefy.triton_ops.blocks import describable, fills_wide_tiles
+from moefy.triton_ops.blocks import Kernel, describable, fills_wide_tiles
 
 # A tile of every kernel here, rows by columns.
 TILE_M, TILE_N = 128, 256
@@ -45,10 +45,24 @@ def takes_entry(x_TD: Tensor, w_gate: Tensor | None, w_up: Tensor, rows: int) ->
     """Whether ``entry`` can read these tokens and matrices."""
     weights = (w_up,) if w_gate is None else (w_gate, w_up)
     return (
-        _takes(x_TD, rows, w_up.shape[0])
+        _takes("entry" if w_gate is None else "glu_entry", x_TD, rows, w_up.shape[0])
         and describable(x_TD, *weights)
         and x_TD.shape[1] % 16 == 0  # Triton knows of multiples of 16 alone, and masks eight columns as one
         and all(rows_apart(w) for w in weights)
+    )
+
+
+def takes_linear(
+    a: Tensor, w: Tensor, out: Tensor, transposed: bool, second: tuple[Tensor, Tensor] | None
+) -> bool:
+    """Whether ``linear`` can read these rows and matrices and write there."""
+    depth, weights = a.shape[1], (w,) if second is None else (w, second[1])
+    return (
+        _takes("linear", a, a.shape[0], w.shape[0])
+        and all(t.dtype is a.dtype for t in (w, out, *(second or ())))
+        and describable(a, w, out, *(second or ()))
+        and depth % (64 if transposed else 8) == 0
+        and all(rows_apart(each) for each in weights)
     )
 
 
@@ -57,10 +71,11 @@ def takes_hidden_grad(grad: Tensor, w_down: Tensor, gate: Tensor | None, up: Ten
     width = up.shape[1]
     saved = (up,) if gate is None else (gate, up)
     return (
-        _takes(grad, up.shape[0], w_down.shape[0])
+        _takes("hidden_grad", grad, up.shape[0], w_down.shape[0])
         and describable(grad, w_down, *saved)
         and width % 8 == 0
         and grad.shape[1] % 64 == 0
+        and grad.shape[1] >= 192  # a step is asked for three ahead, of the next tile at most
         and rows_apart(w_down) == w_down.shape[1]
     )
 
@@ -68,7 +83,8 @@ def takes_hidden_grad(grad: Tensor, w_down: Tensor, gate: Tensor | None, up: Ten
 def takes_weight_grad(g: Tensor, x: Tensor, out_EOI: Tensor) -> bool:
     """Whether ``weight_grad`` can read these rows and write there."""
     return (
-        _takes(g, g.shape[0], out_EOI.shape[0])
+        _takes("weight_grad", g, g.shape[0], out_EOI.shape[0])
+        and g.dtype is x.dtype is out_EOI.dtype
         and describable(g, x, out_EOI)
         and out_EOI.shape[1] % TILE_M == 0
         and rows_apart(out_EOI) == out_EOI.shape[1]
@@ -81,6 +97,6 @@ def rows_apart(w: Tensor) -> int:
     return 0 if rest else apart
 
 
-def _takes(x: Tensor, rows: int, experts: int) -> bool:
+def _takes(kernel: Kernel, x: Tensor, rows: int, experts: int) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and fills_wide_tiles(rows, experts) and supported(x.device)
+    return half and fills_wide_tiles(kernel, rows, experts) and supported(x.device)

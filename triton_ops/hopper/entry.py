@@ -1,10 +1,11 @@
 """The experts' entry on Hopper: see ``moefy.triton_ops.entry``, whose contract this is.
 
-Two warps gather the tokens' rows and ask for the weights, eight multiply, two add the bias, activate and store.
+Two warps gather the tokens' rows and ask for the weights, two groups of four multiply, two add the bias, activate and
+store.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # Gluon types its layouts and ranges as what they are outside a kernel.
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from moefy.triton_ops.hopper import TILE_M, TILE_N, rows_apart
 from moefy.triton_ops.hopper.pipeline import (
     STASH,
     VECTOR,
+    accumulate,
     advance,
     descriptor,
     jit,
     load_tile,
     load_values,
     mbarrier,
-    multiply_rows,
+    pass_over,
+    put_scaled,
     ready,
     reinterpret,
     release,
@@ -46,6 +49,7 @@ def entry(
     gate_out: Tensor | None, up_out: Tensor | None, hidden_NH: Tensor, activation: str,
 ) -> None:  # fmt: skip
     """Fill ``hidden_NH`` and, where given, ``gate_out`` and ``up_out``; arguments as one level up."""
+    assert schedule.block_rows == TILE_M
     width, depth = hidden_NH.shape[1], x_TD.shape[1]
     columns = TILE_N if w_gate is None else TILE_N // 2
     tiles = schedule.max_tiles * cdiv(width, columns)
@@ -62,7 +66,7 @@ def entry(
         K=top_k, ACT=activation, GLU=w_gate is not None, GATE_BIAS=b_gate is not None, UP_BIAS=b_up is not None,
         SAVE=up_out is not None, EVEN=depth % STEP == 0, WHOLE=width % columns == 0,
         M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP,
-        num_warps=8,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -81,18 +85,22 @@ def _entry_kernel(
         dtype, [STAGES, M, STEP], gl.NVMMASharedLayout.get_default_for([M, STEP], dtype)
     )
     b_buf = gl.allocate_shared_memory(dtype, [STAGES, N, STEP], up_tiles.layout)
-    stash = gl.allocate_shared_memory(gl.float16, [M, N], STASH)
-    scales = gl.allocate_shared_memory(gl.float32, [M], VECTOR)
+    stash = gl.allocate_shared_memory(gl.float16, [2, M // 2, N], STASH)
+    scales = gl.allocate_shared_memory(gl.float32, [2, M // 2], VECTOR)
     full, empty = ring(STAGES, 1 + 2 * 32)
-    stash_full, stash_empty = turns(1)
+    stash_full, stash_empty = turns()
     ready()
     eights = reinterpret(stash, gl.float16, [M // 8, 8, N], STASH)
     scales_8 = reinterpret(scales, gl.float32, [M // 8, 8], VECTOR)
     gl.warp_specialize(
         [
-            (multiply_rows, (
+            (_multiply, (
                 a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
-                expert_of_tile, experts, num_experts, depth, width, C, True, WHOLE, M, N, STEP, STAGES, GROUP,
+                expert_of_tile, experts, num_experts, depth, width, 0, C, WHOLE, M, N, STEP, STAGES, GROUP,
+            )),
+            (_multiply, (
+                a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
+                expert_of_tile, experts, num_experts, depth, width, 1, C, WHOLE, M, N, STEP, STAGES, GROUP,
             )),
             (_finish, (
                 eights, scales_8, stash_full, stash_empty, b_gate, b_up, gate_out, up_out, hidden_out,
@@ -105,8 +113,8 @@ def _entry_kernel(
                 K, GLU, EVEN, M, N, STEP, STAGES, GROUP,
             )),
         ],
-        [2, 2],
-        [160, 160],
+        [4, 2, 2],
+        [168, 160, 160],
     )  # fmt: skip
 
 
@@ -147,6 +155,43 @@ def _load(
 
 
 @jit
+def _multiply(
+    a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
+    expert_of_tile, experts, num_experts, depth, width,
+    HALF: gl.constexpr, COLUMNS: gl.constexpr, WHOLE: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """The products of a HALF of all tiles, each handed over scaled; a half without rows is left out.
+
+    A tile moves on by COLUMNS of the ``width`` columns; N is a multiple of that for matrices side by side. Without
+    WHOLE the columns behind the last one are another expert's, whose size must not set the scale.
+    """
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    column_tiles = tl.cdiv(width, COLUMNS)
+    stage = 0
+    phase = 0
+    turn = 0
+    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
+        expert, row, end, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
+        steps = gl.where(expert < num_experts, depth, 0)
+        if row + HALF * (M // 2) < end:
+            acc = gl.zeros([M // 2, N], gl.float32, ACC)
+            acc, stage, phase = accumulate(
+                acc, a_buf, b_buf, full, empty, stage, phase, steps, empty, 0,
+                HALF, False, True, False, STEP, STAGES,
+            )  # fmt: skip
+            if not WHOLE:
+                ns = gl.arange(0, N, gl.SliceLayout(0, ACC)) % COLUMNS
+                acc = gl.where((column * COLUMNS + ns < width)[None, :], acc, 0.0)
+            put_scaled(
+                acc, stash.index(HALF), scales.index(HALF), stash_full.index(HALF), stash_empty.index(HALF), turn
+            )  # fmt: skip
+            turn ^= 1
+        else:
+            stage, phase = pass_over(full, empty, stage, phase, steps, STEP, STAGES)
+
+
+@jit
 def _finish(
     stash, scales, stash_full, stash_empty, b_gate, b_up, gate_out, up_out, hidden_out,
     expert_of_tile, experts, num_experts, width, stride_gate, stride_up, stride_hidden, stride_bias,
@@ -163,11 +208,15 @@ def _finish(
     ms = gl.arange(0, 8, gl.SliceLayout(1, L))
     ns = gl.arange(0, C, gl.SliceLayout(0, L))
     turn = 0
+    second_turn = 0  # the second half's, which tiles with few rows leave out
     for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
         expert, row, end, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
         real = gl.where(expert < num_experts, width, 0)
-        mbarrier.wait(stash_full, turn)
-        for piece in range(0, M // 8):
+        pieces = gl.minimum(tl.cdiv(end - row, 8), M // 8)
+        for piece in range(0, pieces):
+            half = piece // (M // 16)
+            if piece % (M // 16) == 0:
+                mbarrier.wait(stash_full.index(half), gl.where(half == 0, turn, second_turn))
             base = row + piece * 8
             scale = scales.index(piece).load(gl.SliceLayout(1, L))[:, None]
             for first in gl.static_range(0, W, C):
@@ -195,5 +244,7 @@ def _finish(
                     hidden = gl.where(real > 0, hidden, 0.0)
                 out = hidden_out + (base.to(gl.int64) * stride_hidden + at)
                 gl.store(out + (ms[:, None] * stride_hidden + ns[None, :]), hidden.to(dtype), mask)
-        release(stash_empty)
+            if (piece == pieces - 1) | (piece % (M // 16) == M // 16 - 1):
+                release(stash_empty.index(half))
         turn ^= 1
+        second_turn = gl.where(row + M // 2 < end, second_turn ^ 1, second_turn)

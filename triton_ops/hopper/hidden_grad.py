@@ -1,12 +1,11 @@
 """The gradient of the experts' hidden values on Hopper: see ``moefy.triton_ops.hidden_grad``, whose contract this is.
 
-The rows of the output's gradient come copied, in the order of the experts. One warp loads, eight multiply, three take
-the products through the activation's derivative and the routing weights. These three read the pre-activations two
-pieces ahead.
+The rows of the output's gradient come copied, in the order of the experts. Eight warps load and multiply, four take the
+products through the activation's derivative and the routing weights; these read the pre-activations two pieces ahead.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 # Gluon types its layouts and ranges as what they are outside a kernel.
 
 from __future__ import annotations
@@ -23,21 +22,26 @@ from moefy.triton_ops.hopper.pipeline import (
     STASH,
     VECTOR,
     advance,
+    barrier,
+    barriers,
+    before,
     descriptor,
     jit,
     load_tile,
     mbarrier,
-    multiply_rows,
+    put_scaled,
     ready,
     reinterpret,
     release,
-    ring,
-    turns,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
 from moefy.triton_ops.launch import kernel
 from moefy.triton_ops.tiles import Schedule, count_tiles, locate
 
 STEP, STAGES, GROUP = 64, 3, 16
+# Rows and columns that are finished at a time: as many values a lane as fit the registers, of which a GLU has two.
+PIECE, GLU_WIDE = 16, 128
 
 
 def hidden_grad(
@@ -50,6 +54,7 @@ def hidden_grad(
     Arguments as one level up, except ``grad_ND``: the output's gradient of each row.
     """
     (rows, width), depth = up_NH.shape, grad_ND.shape[1]
+    assert schedule.block_rows == TILE_M and depth >= STAGES * STEP
     column_tiles = cdiv(width, TILE_N)
     parts = torch.empty((column_tiles, rows), dtype=torch.float32, device=grad_ND.device)
     gate, dgate = (up_NH, dup_NH) if gate_NH is None or dgate_NH is None else (gate_NH, dgate_NH)
@@ -60,7 +65,8 @@ def hidden_grad(
         schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width, rows,
         up_NH.stride(0), dup_NH.stride(0), weighted_NH.stride(0),
         ACT=activation, GLU=gate_NH is not None, EVEN=width % TILE_N == 0,
-        M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP, num_warps=8,
+        M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP,
+        PIECE=PIECE, WIDE=TILE_N if gate_NH is None else GLU_WIDE, num_warps=8,
     )  # fmt: skip
     return parts
 
@@ -71,71 +77,112 @@ def _hidden_grad_kernel(
     expert_of_tile, experts, num_experts, depth, width, num_rows, stride_h, stride_dh, stride_weighted,
     ACT: gl.constexpr, GLU: gl.constexpr, EVEN: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    PIECE: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     a_buf = gl.allocate_shared_memory(grad_tiles.dtype, [STAGES, M, STEP], grad_tiles.layout)
     b_buf = gl.allocate_shared_memory(w_tiles.dtype, [STAGES, STEP, N], w_tiles.layout)
     stash = gl.allocate_shared_memory(gl.float16, [M, N], STASH)
     scales = gl.allocate_shared_memory(gl.float32, [M], VECTOR)
-    two_q = gl.allocate_shared_memory(gl.float32, [M], VECTOR)
-    one_q = gl.allocate_shared_memory(gl.float32, [M], VECTOR)
-    full, empty = ring(STAGES, 1)
-    stash_full, stash_empty = turns(2)
+    qs = gl.allocate_shared_memory(gl.float32, [M], VECTOR)
+    full = barriers(STAGES, 1)
+    stash_full = barriers(1, 1).index(0)
+    stash_empty = barriers(1, 1).index(0)
     ready()
-    eights = reinterpret(stash, gl.float16, [M // 8, 8, N], STASH)
-    scales_8 = reinterpret(scales, gl.float32, [M // 8, 8], VECTOR)
+    pieces = reinterpret(stash, gl.float16, [M // PIECE, PIECE, N], STASH)
+    scale_pieces = reinterpret(scales, gl.float32, [M // PIECE, PIECE], VECTOR)
     gl.warp_specialize(
         [
-            (multiply_rows, (
-                a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
-                expert_of_tile, experts, num_experts, depth, width, N, False, True, M, N, STEP, STAGES, GROUP,
-            )),
-            (_finish, (
-                eights, scales_8, two_q, stash_full, stash_empty, weights, order, gate, up, dgate, dup, weighted, parts,
-                expert_of_tile, experts, num_experts, width, num_rows, stride_h, stride_dh, stride_weighted,
-                ACT, GLU, EVEN, M, N, 0, 11, GROUP,
-            )),
-            (_finish, (
-                eights, scales_8, one_q, stash_full, stash_empty, weights, order, gate, up, dgate, dup, weighted, parts,
-                expert_of_tile, experts, num_experts, width, num_rows, stride_h, stride_dh, stride_weighted,
-                ACT, GLU, EVEN, M, N, 11, 16, GROUP,
-            )),
-            (_load, (
-                grad_tiles, w_tiles, a_buf, b_buf, full, empty,
+            (_multiply, (
+                grad_tiles, w_tiles, a_buf, b_buf, stash, scales, full, stash_full, stash_empty,
                 expert_of_tile, experts, num_experts, depth, width, M, N, STEP, STAGES, GROUP,
             )),
+            (_finish, (
+                pieces, scale_pieces, qs, stash_full, stash_empty,
+                weights, order, gate, up, dgate, dup, weighted, parts,
+                expert_of_tile, experts, num_experts, width, num_rows, stride_h, stride_dh, stride_weighted,
+                ACT, GLU, EVEN, M, N, GROUP, PIECE, WIDE,
+            )),
         ],
-        [2, 1, 1],
-        [184, 184, 184],
+        [4],
+        [184],
     )  # fmt: skip
 
 
 @jit
-def _load(
-    grad_tiles, w_tiles, a_buf, b_buf, full, empty, expert_of_tile, experts, num_experts, depth, width,
+def _multiply(
+    grad_tiles, w_tiles, a_buf, b_buf, stash, scales, full, stash_full, stash_empty,
+    expert_of_tile, experts, num_experts, depth, width,
     M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
+    """All products. A stage is filled again as soon as its product is done: no warp but these is needed for that."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     column_tiles = tl.cdiv(width, N)
+    total = count_tiles(experts, num_experts) * column_tiles
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
-        expert, row, _, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
-        for k in range(0, gl.where(expert < num_experts, depth, 0), STEP):
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(full.index(stage), (M + N) * STEP * 2)
-            load_tile(grad_tiles, [row, k], full.index(stage), a_buf.index(stage))
-            load_tile(w_tiles, [expert * depth + k, column * N], full.index(stage), b_buf.index(stage))
+    turn = 0
+    expert, row, _, column = locate(
+        gl.minimum(gl.program_id(0), total - 1), column_tiles, expert_of_tile, experts, M, GROUP
+    )
+    for s in gl.static_range(STAGES):
+        _fill(
+            grad_tiles, w_tiles, a_buf, b_buf, full, s, row, expert * depth, column * N, s * STEP,
+            (gl.program_id(0) < total) & (expert < num_experts), M, N, STEP,
+        )  # fmt: skip
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        then_expert, then_row, _, then_column = locate(
+            gl.minimum(following, total - 1), column_tiles, expert_of_tile, experts, M, GROUP
+        )
+        goes_on = (following < total) & (then_expert < num_experts)
+        acc = gl.zeros([M, N], gl.float32, ACC)
+        real = expert < num_experts
+        for k in range(0, gl.where(real, depth, 0), STEP):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(a_buf.index(stage), b_buf.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            barrier()
+            ahead = k + (STAGES - 1) * STEP
+            here = ahead < depth
+            _fill(
+                grad_tiles, w_tiles, a_buf, b_buf, full, before(stage, STAGES), gl.where(here, row, then_row),
+                gl.where(here, expert, then_expert) * depth, gl.where(here, column, then_column) * N,
+                gl.where(here, ahead, ahead - depth), (k > 0) & (here | goes_on), M, N, STEP,
+            )  # fmt: skip
             stage, phase = advance(stage, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        barrier()
+        _fill(
+            grad_tiles, w_tiles, a_buf, b_buf, full, before(stage, STAGES), then_row, then_expert * depth,
+            then_column * N, (STAGES - 1) * STEP, real & goes_on, M, N, STEP,
+        )  # fmt: skip
+        put_scaled(acc, stash, scales, stash_full, stash_empty, turn)
+        turn ^= 1
+        expert = then_expert
+        row = then_row
+        column = then_column
+
+
+@jit
+def _fill(
+    grad_tiles, w_tiles, a_buf, b_buf, full, stage, row, first, column, k, pred,
+    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr,
+):  # fmt: skip
+    """Ask for one step's tiles."""
+    mbarrier.expect(full.index(stage), (M + N) * STEP * 2, pred=pred)
+    load_tile(grad_tiles, [row, k], full.index(stage), a_buf.index(stage), pred=pred)
+    load_tile(w_tiles, [first + k, column], full.index(stage), b_buf.index(stage), pred=pred)
 
 
 @jit
 def _fetch(
     piece, column, row, end, width, up, gate, stride_h, L: gl.constexpr, C: gl.constexpr, GLU: gl.constexpr,
-    EVEN: gl.constexpr,
+    EVEN: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
-    """The pre-activations of eight rows by C columns, two in a word: single ones would each wait in a register."""
-    ms = gl.arange(0, 8, gl.SliceLayout(1, L))
+    """The pre-activations of a piece by C columns, two in a word: single ones would each wait in a register."""
+    ms = gl.arange(0, PIECE, gl.SliceLayout(1, L))
     ns = gl.arange(0, C // 2, gl.SliceLayout(0, L))
-    base = row + piece * 8
+    base = row + piece * PIECE
     mask = (base + ms < end)[:, None] & (EVEN | (column + 2 * ns < width))[None, :]
     at = (base.to(gl.int64) * stride_h + column) // 2 + (ms[:, None] * (stride_h // 2) + ns[None, :])
     words = gl.load(up.to(gl.pointer_type(gl.int32)) + at, mask, other=0)
@@ -146,10 +193,10 @@ def _fetch(
 
 
 @jit
-def _values(words, L: gl.constexpr, C: gl.constexpr, dtype: gl.constexpr):
+def _values(words, L: gl.constexpr, C: gl.constexpr, dtype: gl.constexpr, PIECE: gl.constexpr):
     low = (words & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
     high = (words >> 16).to(gl.int16).to(dtype, bitcast=True)
-    return gl.convert_layout(gl.join(low, high).reshape([8, C]), L).to(gl.float32)
+    return gl.convert_layout(gl.join(low, high).reshape([PIECE, C]), L).to(gl.float32)
 
 
 @jit
@@ -157,45 +204,47 @@ def _finish(
     stash, scales, qs, stash_full, stash_empty, weights, order, gate, up, dgate, dup, weighted, parts,
     expert_of_tile, experts, num_experts, width, num_rows, stride_h, stride_dh, stride_weighted,
     ACT: gl.constexpr, GLU: gl.constexpr, EVEN: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr, GROUP: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr, PIECE: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """The epilogue of the pieces ``FIRST .. LAST`` of eight rows, 64 columns a warp at a time."""
-    C: gl.constexpr = 64 * gl.num_warps()
+    """The epilogue, PIECE rows by C columns at a time."""
     COUNT: gl.constexpr = N // C
     AHEAD: gl.constexpr = 2 if EVEN else 1  # with a mask of columns two do not fit the registers
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
     WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    PIECES: gl.constexpr = M // PIECE
     dtype: gl.constexpr = up.dtype.element_ty
     column_tiles = tl.cdiv(width, N)
-    ms = gl.arange(0, 8, gl.SliceLayout(1, L))
+    ms = gl.arange(0, PIECE, gl.SliceLayout(1, L))
     ns = gl.arange(0, C, gl.SliceLayout(0, L))
     tile_rows = gl.arange(0, M, ROWS)
-    qs_8 = reinterpret(qs, gl.float32, [M // 8, 8], VECTOR)
+    q_pieces = reinterpret(qs, gl.float32, [PIECES, PIECE], VECTOR)
     turn = 0
     for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
         expert, row, end, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
         slot = gl.load(order + row + tile_rows, row + tile_rows < end, other=0)
         at = column * N
-        u0, z0 = _fetch(FIRST, at, row, end, width, up, gate, stride_h, WORDS, C, GLU, EVEN)
+        u0, z0 = _fetch(0, at, row, end, width, up, gate, stride_h, WORDS, C, GLU, EVEN, PIECE)
         if AHEAD == 2:
-            u1, z1 = _fetch(FIRST, at + C, row, end, width, up, gate, stride_h, WORDS, C, GLU, EVEN)
+            u1, z1 = _fetch(
+                1 // COUNT, at + 1 % COUNT * C, row, end, width, up, gate, stride_h, WORDS, C, GLU, EVEN, PIECE
+            )  # fmt: skip
         qs.store(gl.where(expert < num_experts, gl.load(weights + slot).to(gl.float32), 0.0))
         mbarrier.wait(stash_full, turn)
-        for piece in range(FIRST, LAST):
-            base = row + piece * 8
-            q = qs_8.index(piece).load(gl.SliceLayout(1, L))[:, None]
+        for piece in range(0, PIECES):
+            base = row + piece * PIECE
+            q = q_pieces.index(piece).load(gl.SliceLayout(1, L))[:, None]
             scale = scales.index(piece).load(gl.SliceLayout(1, L))[:, None]
-            part = gl.zeros([8], gl.float32, gl.SliceLayout(1, L))
+            part = gl.zeros([PIECE], gl.float32, gl.SliceLayout(1, L))
             for i in gl.static_range(COUNT):
                 at = column * N + i * C
-                u = _values(u0, L, C, dtype)
+                u = _values(u0, L, C, dtype, PIECE)
                 if GLU:
-                    z = _values(z0, L, C, dtype)
+                    z = _values(z0, L, C, dtype, PIECE)
                 then = piece + (i + AHEAD) // COUNT
                 u2, z2 = _fetch(
-                    then, column * N + (i + AHEAD) % COUNT * C, row, gl.where(then < LAST, end, 0), width,
-                    up, gate, stride_h, WORDS, C, GLU, EVEN,
+                    then, column * N + (i + AHEAD) % COUNT * C, row, gl.where(then < PIECES, end, 0), width,
+                    up, gate, stride_h, WORDS, C, GLU, EVEN, PIECE,
                 )  # fmt: skip
                 if AHEAD == 2:
                     u0 = u1

@@ -1,9 +1,11 @@
 """What the kernels for Hopper share: a ring of stages in shared memory, the products over it, a tile handed over.
 
-Contract: a program has one group of warps that multiplies (the default partition, 8 warps) and up to four more warps.
-Loaders fill stage after stage and wait on ``empty``; the products wait on ``full``. A finished tile goes to the stash,
-one tile of shared memory, from which others finish it during the next tile's products: ``stash_full`` and
-``stash_empty`` take turns. All walk through the same tiles in the same order, so nothing but these barriers is said.
+Contract: the first two groups of four warps multiply, each its half of a tile's rows, so that one multiplies while
+the other hands its half over; more warps load and finish. Loaders fill stage after stage and wait on ``empty``; the
+products wait on ``full``. A finished half goes to the stash, one tile of shared memory, from which others finish it
+during the next tile's products: ``stash_full`` and ``stash_empty`` take turns. All walk through the same tiles in the
+same order; in the weight gradient, which takes tiles as it becomes free, the loader tells the others. The hidden
+gradient alone multiplies with all eight warps at once, which also load, so that four finish.
 
 A stash of fp32 would take the room of every stage but two. So a row is scaled by a power of two until its largest
 value lies in [2^14, 2^15) and stored as fp16: 11 significant bits for every value down to 2^-28 of the largest, eight
@@ -20,7 +22,6 @@ import functools
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,7 +36,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moefy.triton_ops.hopper import rows_apart
-from moefy.triton_ops.tiles import count_tiles, locate
 
 
 def _named(owner: Any, *names: str) -> Any:
@@ -85,22 +85,22 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
 @jit
 def ring(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     """The barriers ``(full, empty)`` of STAGES stages; ``full`` waits for ARRIVALS beside the bytes."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=ARRIVALS)
-        mbarrier.init(empty.index(s), count=1)
-    return full, empty
+    return barriers(STAGES, ARRIVALS), barriers(STAGES, 2)
 
 
 @jit
-def turns(READERS: gl.constexpr):
-    """The barriers ``(full, empty)`` of one buffer that READERS partitions read."""
-    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(full, count=1)
-    mbarrier.init(empty, count=READERS)
-    return full, empty
+def turns():
+    """The barriers ``(full, empty)`` of the stash's halves."""
+    return barriers(2, 1), barriers(2, 1)
+
+
+@jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers that wait for ARRIVALS each."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
 
 
 @jit
@@ -118,73 +118,60 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @jit
-def _before(stage, STAGES: gl.constexpr):
+def before(stage, STAGES: gl.constexpr):
     """The stage before. Not carried through the loop: a variable that starts as ``stage`` would stay what it was."""
     return gl.where(stage == 0, STAGES - 1, stage - 1)
 
 
 @jit
 def accumulate(
-    acc, a_buf, b_buf, full, empty, stage, phase, depth,
-    A_LIES: gl.constexpr, B_STANDS: gl.constexpr, CLEAR: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    acc, a_buf, b_buf, full, empty, stage, phase, depth, cleared, turn,
+    HALF: gl.constexpr, A_LIES: gl.constexpr, B_STANDS: gl.constexpr, CLEAR: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus the products over ``depth``; also the stage and phase behind them.
+    """``acc`` plus the products over ``depth`` of this HALF of a; also the stage and phase behind them.
 
     A stage holds a [M, STEP], with A_LIES [STEP, M], and b [STEP, N], with B_STANDS [N, STEP]. CLEAR zeroes what lies
-    behind ``depth``: there are another expert's rows, and zero times another's NaN would be NaN.
+    behind ``depth``: there are another expert's rows, and zero times another's NaN would be NaN. The first half clears
+    b for both, which meet at ``cleared``, at its ``turn``; without CLEAR these two are of no use.
     """
+    R: gl.constexpr = acc.shape[0]
     for k in range(0, depth, STEP):
         mbarrier.wait(full.index(stage), phase)
-        a = a_buf.index(stage)
+        a = a_buf.index(stage).slice(HALF * R, R, dim=1 if A_LIES else 0)
         b = b_buf.index(stage)
         if CLEAR:  # noqa: SIM102 - settled when compiled, the inner one is not
             if k + STEP > depth:
                 _clear(a, depth - k)
-                _clear(b, depth - k)
+                if HALF == 0:
+                    _clear(b, depth - k)
                 fence_async_shared()
                 barrier()
+                # both arrive, so that neither is ever two turns ahead: the other could no longer tell them apart
+                mbarrier.arrive(cleared, count=1)
+                mbarrier.wait(cleared, turn)
         if A_LIES:
             a = a.permute([1, 0])
         if B_STANDS:
             b = b.permute([1, 0])
         acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(empty.index(_before(stage, STAGES)), count=1, pred=k > 0)
+        mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=k > 0)
         stage, phase = advance(stage, phase, STAGES)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(_before(stage, STAGES)), count=1, pred=depth > 0)
+    mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=depth > 0)
     return acc, stage, phase
 
 
 @jit
-def multiply_rows(
-    a_buf, b_buf, stash, scales, full, empty, stash_full, stash_empty,
-    expert_of_tile, experts, num_experts, depth, width,
-    COLUMNS: gl.constexpr, B_STANDS: gl.constexpr, WHOLE: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """The multiplying partition of a kernel over rows: all its tiles, each handed over scaled.
-
-    A tile moves on by COLUMNS of the ``width`` columns; N is a multiple of that for matrices side by side. Without
-    WHOLE the columns behind the last one are another expert's, whose size must not set the scale.
-    """
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    column_tiles = tl.cdiv(width, COLUMNS)
-    stage = 0
-    phase = 0
-    turn = 0
-    for tile in range(gl.program_id(0), count_tiles(experts, num_experts) * column_tiles, gl.num_programs(0)):
-        expert, _, _, column = locate(tile, column_tiles, expert_of_tile, experts, M, GROUP)
-        acc = gl.zeros([M, N], gl.float32, ACC)
-        acc, stage, phase = accumulate(
-            acc, a_buf, b_buf, full, empty, stage, phase, gl.where(expert < num_experts, depth, 0),
-            False, B_STANDS, False, STEP, STAGES,
-        )  # fmt: skip
-        if not WHOLE:
-            ns = gl.arange(0, N, gl.SliceLayout(0, ACC)) % COLUMNS
-            acc = gl.where((column * COLUMNS + ns < width)[None, :], acc, 0.0)
-        put_scaled(acc, stash, scales, stash_full, stash_empty, turn)
-        turn ^= 1
+def pass_over(full, empty, stage, phase, depth, STEP: gl.constexpr, STAGES: gl.constexpr):
+    """Let the stages of a product go by that is not needed; the stage and phase behind them."""
+    for _ in range(0, depth, STEP):
+        mbarrier.wait(full.index(stage), phase)
+        barrier()  # one thread arrives for all, who must have seen this phase
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
 
 
 @jit

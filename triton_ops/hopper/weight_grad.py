@@ -1,7 +1,7 @@
 """The gradients of the experts' matrices on Hopper: see ``moefy.triton_ops.weight_grad``, whose contract this is.
 
 Both sides come as rows sorted by expert. One warp takes tiles as the program becomes free, tells the others through a
-small ring, and loads; eight multiply; one stores the last tile by descriptor.
+small ring, and loads; two groups of four multiply; one stores the last tile by descriptor.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
@@ -22,6 +22,7 @@ from moefy.triton_ops.hopper.pipeline import (
     accumulate,
     advance,
     barrier,
+    barriers,
     descriptor,
     jit,
     load_tile,
@@ -55,13 +56,13 @@ def weight_grad(
     _weight_grad_kernel[(min(experts * count, processors(g_NO.device)),)](
         *tiles, *also_tiles, schedule.experts, schedule.next_counter(), experts, height, width, also_height, also_width,
         TWO=also is not None,
-        M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP, TAKEN=TAKEN, num_warps=8,
+        M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP, TAKEN=TAKEN, num_warps=4,
     )  # fmt: skip
 
 
 def _descriptors(g_NO: Tensor, x_NI: Tensor, out_EOI: Tensor) -> tuple[Any, Any, Any]:
     tiles = descriptor(g_NO, STEP, TILE_M), descriptor(x_NI, STEP, TILE_N)
-    return *tiles, descriptor(out_EOI, TILE_M, TILE_N)
+    return *tiles, descriptor(out_EOI, TILE_M // 2, TILE_N)
 
 
 @kernel(by=jit, do_not_specialize=["counter", "also_height", "also_width"])
@@ -73,22 +74,25 @@ def _weight_grad_kernel(
 ):  # fmt: skip
     a_buf = gl.allocate_shared_memory(g_tiles.dtype, [STAGES, STEP, M], g_tiles.layout)
     b_buf = gl.allocate_shared_memory(x_tiles.dtype, [STAGES, STEP, N], x_tiles.layout)
-    stash = gl.allocate_shared_memory(out_tiles.dtype, [M, N], out_tiles.layout)
+    stash = gl.allocate_shared_memory(out_tiles.dtype, [2, M // 2, N], out_tiles.layout)
     full, empty = ring(STAGES, 1)
-    stash_full, stash_empty = turns(1)
+    stash_full, stash_empty = turns()
     taken = gl.allocate_shared_memory(gl.int32, [TAKEN, 1], VECTOR)
-    taken_full = gl.allocate_shared_memory(gl.int64, [TAKEN, 1], mbarrier.MBarrierLayout())
-    taken_empty = gl.allocate_shared_memory(gl.int64, [TAKEN, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(TAKEN):
-        mbarrier.init(taken_full.index(i), count=1)
-        mbarrier.init(taken_empty.index(i), count=2)
+    taken_full = barriers(TAKEN, 1)
+    taken_empty = barriers(TAKEN, 3)
+    cleared = barriers(1, 2)
     ready()
     gl.warp_specialize(
         [
             (_multiply, (
-                a_buf, b_buf, stash, full, empty, stash_full, stash_empty, taken, taken_full, taken_empty,
-                experts, num_experts, height, width, also_height, also_width,
-                TWO, M, N, STEP, STAGES, GROUP, TAKEN,
+                a_buf, b_buf, stash, full, empty, stash_full, stash_empty, cleared, taken, taken_full,
+                taken_empty, experts, num_experts, height, width, also_height, also_width,
+                TWO, 0, M, N, STEP, STAGES, GROUP, TAKEN,
+            )),
+            (_multiply, (
+                a_buf, b_buf, stash, full, empty, stash_full, stash_empty, cleared, taken, taken_full,
+                taken_empty, experts, num_experts, height, width, also_height, also_width,
+                TWO, 1, M, N, STEP, STAGES, GROUP, TAKEN,
             )),
             (_store, (
                 out_tiles, also_out_tiles, stash, stash_full, stash_empty, taken, taken_full, taken_empty,
@@ -100,8 +104,8 @@ def _weight_grad_kernel(
                 TWO, M, N, STEP, STAGES, GROUP, TAKEN,
             )),
         ],
-        [1, 1],
-        [40, 40],
+        [4, 1, 1],
+        [208, 40, 40],
     )  # fmt: skip
 
 
@@ -188,26 +192,29 @@ def _load(
 
 @jit
 def _multiply(
-    a_buf, b_buf, stash, full, empty, stash_full, stash_empty, taken, taken_full, taken_empty,
+    a_buf, b_buf, stash, full, empty, stash_full, stash_empty, cleared, taken, taken_full, taken_empty,
     experts, num_experts, height, width, also_height, also_width,
-    TWO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, TAKEN: gl.constexpr,
+    TWO: gl.constexpr, HALF: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, TAKEN: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     first_tiles, total = _count(num_experts, height, width, also_height, also_width, M, N)
     stage = 0
     phase = 0
     turn = 0
+    tails = 0
     tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
     while tile < total:
         _, _, _, _, start, end = _locate(
             tile, experts, num_experts, height, width, also_height, also_width, first_tiles, TWO, M, N, GROUP
         )
-        acc = gl.zeros([M, N], gl.float32, ACC)
+        acc = gl.zeros([M // 2, N], gl.float32, ACC)
         acc, stage, phase = accumulate(
-            acc, a_buf, b_buf, full, empty, stage, phase, end - start, True, False, True, STEP, STAGES
-        )
-        put_rounded(acc, stash, stash_full, stash_empty, turn & 1)
+            acc, a_buf, b_buf, full, empty, stage, phase, end - start, cleared.index(0), tails & 1,
+            HALF, True, False, True, STEP, STAGES,
+        )  # fmt: skip
+        tails += ((end - start) % STEP != 0).to(gl.int32)
+        put_rounded(acc, stash.index(HALF), stash_full.index(HALF), stash_empty.index(HALF), turn & 1)
         turn += 1
         tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
 
@@ -225,12 +232,15 @@ def _store(
         second, expert, m0, n0, _, _ = _locate(
             tile, experts, num_experts, height, width, also_height, also_width, first_tiles, TWO, M, N, GROUP
         )
-        mbarrier.wait(stash_full, turn & 1)
-        if second:
-            store_tile(also_out_tiles, [expert * also_height + m0, n0], stash)
-        else:
-            store_tile(out_tiles, [expert * height + m0, n0], stash)
-        store_wait(0)
-        mbarrier.arrive(stash_empty, count=1)
+        for half in gl.static_range(2):
+            mbarrier.wait(stash_full.index(half), turn & 1)
+            if second:
+                store_tile(
+                    also_out_tiles, [expert * also_height + m0 + half * (M // 2), n0], stash.index(half)
+                )
+            else:
+                store_tile(out_tiles, [expert * height + m0 + half * (M // 2), n0], stash.index(half))
+            store_wait(0)
+            mbarrier.arrive(stash_empty.index(half), count=1)
         turn += 1
         tile = _hear(taken, taken_full, taken_empty, turn, TAKEN)
