@@ -254,7 +254,7 @@ def test_rows_enough_for_wide_tiles(name, dtype, device, guard_bands):
 def test_programs_that_take_many_tiles(name, processors, device, guard_bands, monkeypatch):
     """A program's barriers and stages go on from tile to tile."""
     kernels = ("entry", "linear", "hidden_grad", "weight_grad")
-    for module in (*kernels, *(f"hopper.{name}" for name in kernels)):
+    for module in (*kernels, *(f"hopper.{kernel}" for kernel in kernels)):
         monkeypatch.setattr(f"moefy.triton_ops.{module}.processors", lambda device: processors)
     check(dataclasses.replace(WIDE[name], dtype=torch.bfloat16), device, guard_bands)
 

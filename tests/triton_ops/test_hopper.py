@@ -49,6 +49,7 @@ def test_what_the_entry_takes(everywhere):
     )  # a merged weight's halves
     assert not hopper.takes_entry(x, None, w, 127)  # few rows
     assert not hopper.takes_entry(x.float(), None, w.float(), 512)
+    assert not hopper.takes_entry(x, None, w.to(torch.float16), 512)
     assert not hopper.takes_entry(half(256, 72), None, half(2, 96, 72), 512)  # no multiple of 16
     assert not hopper.takes_entry(half(257, 64)[:, 1:61], None, w, 512)  # not on 16 bytes
 
@@ -74,6 +75,7 @@ def test_what_the_hidden_gradient_takes(everywhere):
     assert not hopper.takes_hidden_grad(
         half(512, 224), half(2, 224, 96), None, up
     )  # its last step would be half a step
+    assert not hopper.takes_hidden_grad(grad, w, None, up.to(torch.float16))
     assert not hopper.takes_hidden_grad(half(512, 128), half(2, 128, 96), None, up)  # fewer steps than stages
     assert not hopper.takes_hidden_grad(
         grad, half(2, 224, 96)[:, :192], None, up
@@ -89,6 +91,7 @@ def test_what_the_weight_gradient_takes(everywhere):
         half(512, 192), x, half(2, 192, 96)
     )  # a tile would reach the next expert
     assert not hopper.takes_weight_grad(half(64, 256), x[:64], out)
+    assert not hopper.takes_weight_grad(g, x.to(torch.float16), out)
 
 
 @needs_hopper

@@ -45,8 +45,7 @@ def takes_entry(x_TD: Tensor, w_gate: Tensor | None, w_up: Tensor, rows: int) ->
     """Whether ``entry`` can read these tokens and matrices."""
     weights = (w_up,) if w_gate is None else (w_gate, w_up)
     return (
-        _takes("entry" if w_gate is None else "glu_entry", x_TD, rows, w_up.shape[0])
-        and describable(x_TD, *weights)
+        _takes("entry" if w_gate is None else "glu_entry", rows, w_up.shape[0], x_TD, *weights)
         and x_TD.shape[1] % 16 == 0  # Triton knows of multiples of 16 alone, and masks eight columns as one
         and all(rows_apart(w) for w in weights)
     )
@@ -58,9 +57,7 @@ def takes_linear(
     """Whether ``linear`` can read these rows and matrices and write there."""
     depth, weights = a.shape[1], (w,) if second is None else (w, second[1])
     return (
-        _takes("linear", a, a.shape[0], w.shape[0])
-        and all(t.dtype is a.dtype for t in (w, out, *(second or ())))
-        and describable(a, w, out, *(second or ()))
+        _takes("linear", a.shape[0], w.shape[0], a, w, out, *(second or ()))
         and depth % (64 if transposed else 8) == 0
         and all(rows_apart(each) for each in weights)
     )
@@ -71,8 +68,7 @@ def takes_hidden_grad(grad: Tensor, w_down: Tensor, gate: Tensor | None, up: Ten
     width = up.shape[1]
     saved = (up,) if gate is None else (gate, up)
     return (
-        _takes("hidden_grad", grad, up.shape[0], w_down.shape[0])
-        and describable(grad, w_down, *saved)
+        _takes("hidden_grad", up.shape[0], w_down.shape[0], grad, w_down, *saved)
         and width % 8 == 0
         and grad.shape[1] % 64 == 0
         and grad.shape[1] >= 192  # a step is asked for three ahead, of the next tile at most
@@ -83,9 +79,7 @@ def takes_hidden_grad(grad: Tensor, w_down: Tensor, gate: Tensor | None, up: Ten
 def takes_weight_grad(g: Tensor, x: Tensor, out_EOI: Tensor) -> bool:
     """Whether ``weight_grad`` can read these rows and write there."""
     return (
-        _takes("weight_grad", g, g.shape[0], out_EOI.shape[0])
-        and g.dtype is x.dtype is out_EOI.dtype
-        and describable(g, x, out_EOI)
+        _takes("weight_grad", g.shape[0], out_EOI.shape[0], g, x, out_EOI)
         and out_EOI.shape[1] % TILE_M == 0
         and rows_apart(out_EOI) == out_EOI.shape[1]
     )
@@ -97,6 +91,9 @@ def rows_apart(w: Tensor) -> int:
     return 0 if rest else apart
 
 
-def _takes(kernel: Kernel, x: Tensor, rows: int, experts: int) -> bool:
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and fills_wide_tiles(kernel, rows, experts) and supported(x.device)
+def _takes(kernel: Kernel, rows: int, experts: int, x: Tensor, *others: Tensor) -> bool:
+    """What all kernels ask: a Hopper card, rows enough, one half-precision dtype, tensors that can be described."""
+    half = x.dtype in (torch.bfloat16, torch.float16) and all(t.dtype is x.dtype for t in others)
+    return (
+        half and fills_wide_tiles(kernel, rows, experts) and supported(x.device) and describable(x, *others)
+    )
