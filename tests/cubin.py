@@ -1,4 +1,4 @@
-"""Kernels compiled to machine code without a GPU: how many registers, spills and bytes of shared memory.
+"""Kernels compiled to machine code without a GPU: registers, spills, shared memory, and what else can be read of them.
 
 An architecture is a number: 80, 90, 100 are NVIDIA's sm_80, sm_90, sm_100, and 942 is AMD's gfx942.
 
@@ -55,12 +55,22 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Per thread ``registers``, and ``stack`` and ``local`` bytes (spills); per program ``shared`` bytes."""
+    """What a kernel takes.
+
+    Args:
+        registers: per thread.
+        stack: bytes per thread.
+        local: bytes per thread, spills.
+        shared: bytes per program.
+        fused: sums across lanes whose first addition is fused with a product: lanes that hold the same sum then have
+            other last bits.
+    """
 
     registers: int
     stack: int
     local: int
     shared: int
+    fused: int = 0
 
 
 def resources(kernels: Sequence[Kernel], arch: int) -> list[Resources]:
@@ -76,10 +86,17 @@ def resources(kernels: Sequence[Kernel], arch: int) -> list[Resources]:
 
 
 def faults(kernel: Kernel, found: Resources, arch: int) -> list[str]:
-    """What is wrong with a compiled kernel: spills, or more shared memory than there is."""
-    where = f"{kernel.name} {kernel.constexprs} on {arch}: {found}"
-    wrong = [f"spills: {where}"] if found.stack > kernel.stack or found.local else []
-    return wrong + ([f"too much shared memory: {where}"] if found.shared > SHARED_LIMIT[arch] else [])
+    """What is wrong with a compiled kernel."""
+    wrong = {
+        "spills": found.stack > kernel.stack or found.local > 0,
+        "too much shared memory": found.shared > SHARED_LIMIT[arch],
+        "a product fused into a sum across lanes": found.fused > 0,
+    }
+    return [
+        f"{what}: {kernel.name} {kernel.constexprs} on {arch}: {found}"
+        for what, is_so in wrong.items()
+        if is_so
+    ]
 
 
 def compile_kernel(kernel: Kernel, arch: int) -> Resources:
@@ -103,21 +120,38 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
     source = kind(fn=function, signature=signature, constexprs=kernel.constexprs, attrs=attributes)
     target = GPUTarget("hip", f"gfx{arch}", 64) if arch in AMD else GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=kernel.options)
-    usage = _amd_usage(compiled.asm["amdgcn"]) if arch in AMD else _usage(compiled.asm["cubin"])
+    usage = _amd_usage(compiled.asm["amdgcn"]) if arch in AMD else _read(compiled.asm["cubin"])
     return Resources(**usage, shared=compiled.metadata.shared)
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory, read by the ``cuobjdump`` that comes with Triton."""
+def _read(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, local memory and fused sums, read by the tools that come with Triton."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        code = _output(knobs.nvidia.nvdisasm.path, "--print-code", file.name)
     names = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
-    return {name: int(re.findall(rf"\b{word}:(\d+)", text)[0]) for name, word in names.items()}
+    found = {name: int(re.findall(rf"\b{word}:(\d+)", usage)[0]) for name, word in names.items()}
+    return {**found, "fused": _fused_sums(code)}
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _fused_sums(code: str) -> int:
+    """How often what came from another lane is the addend of a fused multiplication, its first use."""
+    lines, count = code.splitlines(), 0
+    for place, line in enumerate(lines):
+        if shuffled := re.search(r"SHFL\.BFLY PT, (R\d+)", line):
+            use = re.compile(rf"\b(F[A-Z]+[0-9]?)\b.*, {shuffled[1]}\b")
+            found = (use.search(later) for later in lines[place + 1 : place + 100])
+            first = next(filter(None, found), None)
+            count += first is not None and first[1] == "FFMA"
+    return count
 
 
 def _amd_usage(assembly: str) -> dict[str, int]:

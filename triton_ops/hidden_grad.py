@@ -150,7 +150,7 @@ def _hidden_grad_kernel(
         q = tl.where(expert < num_experts, q, 0.0)
         part = _columns(
             g, q, row, end, column * N, width, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles,
-            stride_h, stride_dh, stride_weighted, ACT, GLU, STORE, M, N, PIECES,
+            stride_h, stride_dh, stride_weighted, ACT, GLU, TMA, STORE, M, N, PIECES,
         )  # fmt: skip
         tl.store(
             parts + column.to(tl.int64) * num_rows + row + tl.arange(0, M), part, row + tl.arange(0, M) < end
@@ -161,19 +161,20 @@ def _hidden_grad_kernel(
 def _columns(
     g, q, row, end, column, width, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles,
     stride_h, stride_dh, stride_weighted,
-    ACT: tl.constexpr, GLU: tl.constexpr, STORE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr,
+    ACT: tl.constexpr, GLU: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of columns ``column .. column + N``, by halves of halves; returns ``<g, hidden>`` of each row."""
     if PIECES > 1:
         left, right = g.reshape(M, 2, N // 2).permute(0, 2, 1).split()
         part = _columns(
             left, q, row, end, column, width, gate, up, dgate, dup, weighted, dgate_tiles, dup_tiles, weighted_tiles,
-            stride_h, stride_dh, stride_weighted, ACT, GLU, STORE, M, N // 2, PIECES // 2,
+            stride_h, stride_dh, stride_weighted, ACT, GLU, TMA, STORE, M, N // 2, PIECES // 2,
         )  # fmt: skip
         part += _columns(
             right, q, row, end, column + N // 2, width, gate, up, dgate, dup, weighted,
             dgate_tiles, dup_tiles, weighted_tiles,
-            stride_h, stride_dh, stride_weighted, ACT, GLU, STORE, M, N // 2, PIECES // 2,
+            stride_h, stride_dh, stride_weighted, ACT, GLU, TMA, STORE, M, N // 2, PIECES // 2,
         )  # fmt: skip
     else:
         # int64 to the tile, int32 within it: whole tiles of 64-bit addresses would not fit the registers
@@ -188,7 +189,12 @@ def _columns(
             hidden = act * u
         else:
             hidden, dact = activate_backward(u, ACT)
-        part = tl.sum(g * hidden, 1)  # columns behind the last one have g = 0
+        product = g * hidden  # columns behind the last one have g = 0
+        if not TMA:
+            # a lane's only product would be fused with its neighbour's, which is then rounded and its own is not: lanes
+            # that hold the same sum would differ. A choice is not fused; by descriptor a lane has several columns
+            product = tl.where(mask, product, 0.0)
+        part = tl.sum(product, 1)
         store(weighted, weighted_tiles, q * hidden, row, end, column, width, stride_weighted, STORE, M, N)
         g *= q
         if GLU:
@@ -245,5 +251,5 @@ def _weights_grad_kernel(
             bias = tl.load(b_down + expert.to(tl.int64) * depth + k + ks, known, other=0.0).to(tl.float32)
             g_rows = grad + token[:, None] * stride_grad + (k + ks)[None, :]
             g = tl.load(g_rows, inside[:, None] & known[None, :], other=0.0).to(tl.float32)
-            total += tl.sum(g * bias[None, :], 1)
+            total += tl.sum(tl.where(known[None, :], g * bias[None, :], 0.0), 1)
     tl.store(out + slot, tl.where(expert < num_experts, total, 0.0).to(out.dtype.element_ty), inside)

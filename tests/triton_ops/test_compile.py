@@ -307,6 +307,7 @@ def test_a_spill_and_too_much_shared_memory_are_faults():
     assert faults(kernel, Resources(registers=255, stack=0, local=0, shared=1024), 80) == []
     assert len(faults(kernel, Resources(registers=255, stack=0, local=8, shared=1024), 80)) == 1
     assert len(faults(kernel, Resources(registers=255, stack=8, local=0, shared=200 * 1024), 80)) == 2
+    assert len(faults(kernel, Resources(registers=255, stack=0, local=0, shared=0, fused=1), 90)) == 1
     assert len(faults(kernel, Resources(registers=255, stack=0, local=0, shared=200 * 1024), 90)) == 0
 
 
