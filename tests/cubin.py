@@ -106,6 +106,8 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    from moefy.triton_ops import launch
+
     module, attribute = kernel.name.split(":")
     function = getattr(importlib.import_module(module), attribute).jitted
     types = {**kernel.signature, **dict.fromkeys(kernel.constexprs, "constexpr")}
@@ -119,7 +121,7 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
     kind = GluonASTSource if function.is_gluon() else ASTSource
     source = kind(fn=function, signature=signature, constexprs=kernel.constexprs, attrs=attributes)
     target = GPUTarget("hip", f"gfx{arch}", 64) if arch in AMD else GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options=kernel.options)
+    compiled = triton.compile(source, target=target, options={**launch.OPTIONS, **kernel.options})
     usage = _amd_usage(compiled.asm["amdgcn"]) if arch in AMD else _read(compiled.asm["cubin"])
     return Resources(**usage, shared=compiled.metadata.shared)
 

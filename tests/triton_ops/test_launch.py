@@ -14,11 +14,12 @@ class Jitted:
     arg_names = ("x", "n", "tiles", "M", "FLAG")
 
     def __init__(self) -> None:
-        self.compiled, self.launches = 0, []
+        self.compiled, self.launches, self.given = 0, [], {}
 
     def __getitem__(self, grid):
         def first_launch(*args, **constants):
             self.compiled += 1
+            self.given = constants
             return Compiled(self, self.compiled)
 
         return first_launch
@@ -83,3 +84,9 @@ def test_what_does_not_specialise_is_passed_on(kernel):
     _, grid, passed, stream = kernel.jitted.launches[-1]
     assert grid == (5, 2, 1) and stream == 7
     assert passed == (args[0].data_ptr(), 48, None, 16, True)  # an address costs the launcher less
+
+
+def test_products_are_fused_with_sums_whatever_triton_does_by_itself(kernel):
+    args, constants = arguments()
+    kernel[(3,)](*args, **constants)
+    assert kernel.jitted.given == {**constants, "enable_fp_fusion": True}

@@ -42,7 +42,7 @@ class Jitted:
     arg_names = ("a", "b", "out", "count", "n")
 
     def __getitem__(self, grid):
-        def first_launch(*args, n):
+        def first_launch(*args, n, **options):
             Compiled()[grid](*args, n)
             return Compiled()
 
