@@ -7,7 +7,7 @@ process interprets Triton, and a process can do only one of the two.
 
     >>> kernel = Kernel("moefy.triton_ops.top_k:top_k_kernel", {"logits_ptr": "*fp32", ...}, {"K": 8}, {"num_warps": 4})
     >>> resources([kernel], 90)
-    [Resources(registers=40, stack=0, local=0, shared=512)]
+    [Resources(registers=40, stack=0, local=0, shared=512, fused=0)]
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a kernel takes.
+    """What can be read of a compiled kernel.
 
     Args:
         registers: per thread.
@@ -63,7 +63,7 @@ class Resources:
         local: bytes per thread, spills.
         shared: bytes per program.
         fused: sums across lanes whose first addition is fused with a product: lanes that hold the same sum then have
-            other last bits.
+            other last bits. Not counted for AMD.
     """
 
     registers: int

@@ -189,12 +189,8 @@ def _columns(
             hidden = act * u
         else:
             hidden, dact = activate_backward(u, ACT)
-        product = g * hidden  # columns behind the last one have g = 0
-        if not TMA:
-            # a lane's only product would be fused with its neighbour's, which is then rounded and its own is not: lanes
-            # that hold the same sum would differ. A choice is not fused; by descriptor a lane has several columns
-            product = tl.where(mask, product, 0.0)
-        part = tl.sum(product, 1)
+        # columns behind the last one have g = 0; by descriptor a lane has several, and to choose would spill on sm_100
+        part = tl.sum(g * hidden, 1) if TMA else _sum_of_products(g * hidden, mask)
         store(weighted, weighted_tiles, q * hidden, row, end, column, width, stride_weighted, STORE, M, N)
         g *= q
         if GLU:
@@ -203,6 +199,16 @@ def _columns(
         else:
             store(dup, dup_tiles, g * dact, row, end, column, width, stride_dh, STORE, M, N)
     return part
+
+
+@jit
+def _sum_of_products(products, known):
+    """Sums along the columns, of the products that are ``known``: the others are zero anyway.
+
+    A lane with one product would have it fused with its neighbour's, which is rounded where its own is not, so that
+    lanes that hold the same sum would differ in the last bits. What was chosen is not fused.
+    """
+    return tl.sum(tl.where(known, products, 0.0), 1)
 
 
 def weights_grad(
@@ -251,5 +257,5 @@ def _weights_grad_kernel(
             bias = tl.load(b_down + expert.to(tl.int64) * depth + k + ks, known, other=0.0).to(tl.float32)
             g_rows = grad + token[:, None] * stride_grad + (k + ks)[None, :]
             g = tl.load(g_rows, inside[:, None] & known[None, :], other=0.0).to(tl.float32)
-            total += tl.sum(tl.where(known[None, :], g * bias[None, :], 0.0), 1)
+            total += _sum_of_products(g * bias[None, :], known[None, :])
     tl.store(out + slot, tl.where(expert < num_experts, total, 0.0).to(out.dtype.element_ty), inside)

@@ -292,7 +292,7 @@ KERNELS: dict[str, list[Kernel]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_every_kernel_compiles_without_spills(arch):
+def test_every_kernel_compiles_without_faults(arch):
     kernels = [kernel for several in KERNELS.values() for kernel in several if arch in kernel.archs]
     found = resources(kernels, arch)
     assert all(each.registers > 0 for each in found)
@@ -302,13 +302,21 @@ def test_every_kernel_compiles_without_spills(arch):
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_spill_and_too_much_shared_memory_are_faults():
+def test_what_is_a_fault():
     kernel = KERNELS["sort 8 experts"][0]
     assert faults(kernel, Resources(registers=255, stack=0, local=0, shared=1024), 80) == []
     assert len(faults(kernel, Resources(registers=255, stack=0, local=8, shared=1024), 80)) == 1
     assert len(faults(kernel, Resources(registers=255, stack=8, local=0, shared=200 * 1024), 80)) == 2
     assert len(faults(kernel, Resources(registers=255, stack=0, local=0, shared=0, fused=1), 90)) == 1
     assert len(faults(kernel, Resources(registers=255, stack=0, local=0, shared=200 * 1024), 90)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_product_that_is_fused_into_a_sum_is_seen(arch):
+    pointers = dict.fromkeys(("x", "y", "out"), "*fp32")
+    (found,) = resources([Kernel("fused_sum:fused_sum_kernel", pointers, {"N": 32}, {"num_warps": 1})], arch)
+    assert found.fused > 0
 
 
 def test_every_kernel_of_the_package_has_a_row():
