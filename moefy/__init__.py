@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "transform": "moefy.upcycle",
-    "find": "moefy.upcycle",
-    "report": "moefy.upcycle",
-    "undo": "moefy.revert",
+    "transform": "moefy.verbs",
+    "find": "moefy.verbs",
+    "report": "moefy.verbs",
+    "undo": "moefy.rewrite.undo",
     "MoE": "moefy.nn",
     "MoEConfig": "moefy.config",
     "RouterSpec": "moefy.config",
     "Capacity": "moefy.config",
     "AuxLoss": "moefy.config",
-    "aux_loss": "moefy.nn.aux_delivery",
-    "deliver_aux_loss": "moefy.nn.aux_delivery",
-    "loss_scale": "moefy.nn.aux_delivery",
+    "aux_loss": "moefy.nn.losses.delivery",
+    "deliver_aux_loss": "moefy.nn.losses.delivery",
+    "loss_scale": "moefy.nn.losses.delivery",
     "checked_mode": "moefy.nn.checked",
-    "load": "moefy.load_report",
-    "LoadReport": "moefy.load_report",
-    "LoadHistory": "moefy.load_history",
+    "load": "moefy.reports.expert_load",
+    "LoadReport": "moefy.reports.expert_load",
+    "LoadHistory": "moefy.reports.load_history",
     "FFNMatch": "moefy.records",
     "LayerRecord": "moefy.records",
     "PassRecord": "moefy.records",
-    "RewriteReport": "moefy.rewrite_report",
+    "RewriteReport": "moefy.reports.rewrite",
     "errors": "moefy",
 }
 
@@ -66,15 +66,15 @@ __all__ = [
 if TYPE_CHECKING:
     from moefy import errors
     from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
-    from moefy.load_history import LoadHistory
-    from moefy.load_report import LoadReport, load
     from moefy.nn import MoE
-    from moefy.nn.aux_delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.nn.checked import checked_mode
+    from moefy.nn.losses.delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.records import FFNMatch, LayerRecord, PassRecord
-    from moefy.revert import undo
-    from moefy.rewrite_report import RewriteReport
-    from moefy.upcycle import find, report, transform
+    from moefy.reports.expert_load import LoadReport, load
+    from moefy.reports.load_history import LoadHistory
+    from moefy.reports.rewrite import RewriteReport
+    from moefy.rewrite.undo import undo
+    from moefy.verbs import find, report, transform
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """``python -m moefy`` is the command ``moefy``."""
 
-from moefy.cli import main
+from moefy.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -14,7 +14,6 @@ from __future__ import annotations
 if __name__ != "moefy.passes":
     raise ImportError("import moefy.passes, not passes: a second copy would register things twice")
 
-from moefy.passes import fuse_experts as _fuse_experts  # noqa: F401  registers the pass
 from moefy.passes.base import (
     Pass,
     PipelineRun,
@@ -25,6 +24,7 @@ from moefy.passes.base import (
     run_pipeline,
     unregister_pass,
 )
+from moefy.passes.moe import fuse_experts as _fuse_experts  # noqa: F401  registers the pass
 
 __all__ = [
     "Pass",

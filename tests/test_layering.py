@@ -3,9 +3,9 @@
 The arrows run one way: triton_ops < ops < nn, distributed < passes < faces < hf, compat. ``passes``
 get modules by argument, so of ``nn`` they import only ``nn.functional``; ``hf`` and ``compat`` are
 edges, imported inside functions only; ``errors``, ``config`` and ``records`` are plain data that
-everybody may import. So ``from moefy.nn.moe import MoE`` in ``passes/trace.py`` fails here:
+everybody may import. So ``from moefy.nn.moe import MoE`` in ``passes/trace/recorder.py`` fails here:
 
-    passes/trace.py:12 (passes) imports moefy.nn.moe (nn)
+    passes/trace/recorder.py:12 (passes) imports moefy.nn.moe (nn)
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 def test_the_checks_see_planted_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = {
         "moefy/ops/a.py": "from moefy.nn import moe\n",
-        "moefy/nn/b.py": "def f():\n    import moefy.cli\n",
+        "moefy/nn/b.py": "def f():\n    import moefy.cli.main\n",
         "passes/c.py": "from moefy.nn.moe import MoE\n",
         "triton_ops/d.py": "from moefy.errors import ShapeError\n",
         "moefy/e.py": "from moefy.hf import load\n",

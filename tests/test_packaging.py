@@ -135,7 +135,7 @@ def test_entry_points_are_listed(installed: tuple) -> None:
         "import torch._dynamo as d; print('moefy' in d.list_backends());"
         "print(d.lookup_backend('moefy').__module__)"
     )
-    assert run(python, "-c", code, cwd=at).split() == ["True", "moefy.backend"]
+    assert run(python, "-c", code, cwd=at).split() == ["True", "moefy.compiler.backend"]
     assert "torch" in run(python.parent / "moefy", "env", cwd=at)
 
 

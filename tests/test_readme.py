@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import moefy
-from moefy import cli
+from moefy.cli import main as cli
 from moefy.nn.routers import ROUTERS
 
 ROOT = Path(__file__).resolve().parent.parent

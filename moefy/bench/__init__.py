@@ -9,7 +9,7 @@ To add one: a module with a ``Benchmark`` whose ``run`` returns a ``Result``, an
 from __future__ import annotations
 
 from moefy.bench.base import Benchmark, Result
-from moefy.bench.layer import LAYER
+from moefy.bench.layer.run import LAYER
 from moefy.bench.routing_cost import ROUTING_COST
 from moefy.bench.transform_cost import TRANSFORM_COST
 

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from moefy.bench.arguments import device_from, name_list, rep_from
 from moefy.bench.base import Benchmark
-from moefy.bench.layer_contract import from_function
-from moefy.bench.layer_shapes import Inputs, draw_inputs, shapes_for
-from moefy.bench.layer_timing import Work, median_ms
+from moefy.bench.layer.contract import from_function
+from moefy.bench.layer.shapes import Inputs, draw_inputs, shapes_for
+from moefy.bench.layer.timing import Work, median_ms
 from moefy.errors import ConfigError
-from moefy.tables import Column, draw, stream_width
+from moefy.reports.text.tables import Column, draw, stream_width
 
 SCHEMA_VERSION = 2
 GOAL = 0.02
@@ -163,7 +163,7 @@ def _with_gradient(inputs: Inputs, forward: Callable[[Tensor], tuple[Tensor, ...
 
 def measure(inputs: Inputs, rep: float, wrap: Wrap = MODES["eager"]) -> dict[str, float]:
     """Milliseconds of the layer and of each step; ``rep`` is in milliseconds, for each figure."""
-    from moefy.bench.layer_providers import moefy_layer
+    from moefy.bench.layer.providers import moefy_layer
 
     works: dict[str, Work] = {"layer": from_function(wrap(moefy_layer))(inputs).step}
     works |= {name: make(inputs, wrap) for name, make in STEPS.items()}

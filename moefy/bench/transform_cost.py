@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moefy.bench.base import Benchmark
 from moefy.bench.memory import in_fresh_process, peak_growth
 from moefy.bench.models import GPT, VOCABULARY
-from moefy.tables import Column, draw, size, stream_width
+from moefy.reports.text.tables import Column, draw, size, stream_width
 
 SCHEMA_VERSION = 1
 MAX_FORWARDS = 5.0  # what transform(check=False) may cost beside the weight copies

@@ -1,4 +1,4 @@
-"""``AuxLoss``: what is minimised beside the model's own loss. ``moefy.nn.aux_loss`` computes and delivers it.
+"""``AuxLoss``: what is minimised beside the model's own loss. ``moefy.nn.losses.layer`` computes and delivers it.
 
 >>> AuxLoss.of(0.01)
 AuxLoss(weight=0.01, balance='switch', ...)

@@ -1,4 +1,4 @@
-"""``Capacity``: how many tokens an expert takes. ``moefy.nn.capacity`` computes with it.
+"""``Capacity``: how many tokens an expert takes. ``moefy.nn.routing.capacity`` computes with it.
 
 >>> Capacity.of(1.25)
 Capacity(factor=1.25, eval_factor=None, rule='megatron', ...)
@@ -34,7 +34,7 @@ class Capacity:
         factor: > 0: the capacity is ``rule(factor)``. 0: exactly the need, so that nothing is dropped. < 0: the need,
             at most ``rule(|factor|)`` (Tutel).
         eval_factor: the factor in evaluation mode; ``None`` is ``factor``.
-        rule: the formula, one of ``CAPACITY_RULES``; ``moefy.nn.capacity`` has them.
+        rule: the formula, one of ``CAPACITY_RULES``; ``moefy.nn.routing.capacity`` has them.
         min_capacity: the least that the rule may give; ``None`` is the rule's own, 4 for "deepspeed" and else 0.
         align: the capacity is rounded up to a multiple of this.
         drop: who is seated first. "position": the slots in their order. "probability": the largest routing weight

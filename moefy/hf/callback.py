@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from moefy.errors import ConfigError, suggest
-from moefy.load_report import LayerLoad, load
+from moefy.reports.expert_load import LayerLoad, load
 
 METRICS = tuple(LayerLoad(fqn="", tokens_per_expert=(0,)).metrics())
 

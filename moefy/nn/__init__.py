@@ -3,15 +3,15 @@
 They know ``moefy.ops`` and nothing above it; ``functional`` is the core that all of them call.
 """
 
-from moefy.nn.body import Body, KnownBody
-from moefy.nn.entry_exit import EntryLinear, ExitLinear, FFNLink
-from moefy.nn.expert_linear import ExpertLinear
+from moefy.nn.experts.body import Body, KnownBody
+from moefy.nn.experts.linear import ExpertLinear
+from moefy.nn.experts.stacked import WeightRef
 from moefy.nn.in_place import InPlaceMoE
+from moefy.nn.inline import EntryLinear, ExitLinear, FFNLink
 from moefy.nn.moe import MoE
 from moefy.nn.routed_rows import RoutedRows
 from moefy.nn.routers import Router
-from moefy.nn.routing import Choice, Routing
-from moefy.nn.stacked_ffn import WeightRef
+from moefy.nn.routing.routing import Choice, Routing
 
 __all__ = [
     "Body",

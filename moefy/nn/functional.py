@@ -26,8 +26,8 @@ import torch
 
 from moefy import ops
 from moefy.errors import RoutingError, ShapeError
-from moefy.nn.capacity import Seats
-from moefy.nn.routing import Choice, Routing
+from moefy.nn.routing.capacity import Seats
+from moefy.nn.routing.routing import Choice, Routing
 from moefy.ops.library import AUTOCAST_DEVICES
 
 
@@ -43,7 +43,7 @@ def route(
         feature_dim: the feature axis of ``x``.
 
     Returns:
-        ``(top_k_weights_TK, order_N, offsets_E)``; see ``moefy.nn.routing``.
+        ``(top_k_weights_TK, order_N, offsets_E)``; see ``moefy.nn.routing.routing``.
 
     The formula is Mixtral's (Jiang et al. 2024, section 2.1): a softmax over the K largest of ``x @ W.T``. It is
     computed in fp32 (fp64 for fp64 inputs) also under autocast; ties go to the lowest expert id.

@@ -20,11 +20,11 @@ from torch import nn
 
 from moefy.errors import ConfigError
 from moefy.nn import functional
-from moefy.nn.body import Body
-from moefy.nn.expert_linear import ExpertLinear
+from moefy.nn.experts.body import Body
+from moefy.nn.experts.linear import ExpertLinear
+from moefy.nn.experts.stacked import WeightRef, run_stacked
 from moefy.nn.moe import MoE
 from moefy.nn.routers import Router
-from moefy.nn.stacked_ffn import WeightRef, run_stacked
 
 
 class InPlaceMoE(MoE):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moefy import ops
-from moefy.nn.routing import Routing
+from moefy.nn.routing.routing import Routing
 
 LOSSES = ("l_aux", "balance", "z_loss", "router")
 """What ``LoadCounter.losses`` sums: the weighted auxiliary loss, then its terms without their weights."""

@@ -21,19 +21,20 @@ from torch import Tensor, nn
 
 from moefy.config import AuxLoss, Capacity, RouterSpec, default_top_k
 from moefy.errors import ConfigError, ShapeError
-from moefy.nn import functional, token_tree
-from moefy.nn.activation import Activation, body_of
-from moefy.nn.body import Body
-from moefy.nn.expert_linear import ExpertLinear
-from moefy.nn.experts import ExpertList, Experts, make_experts, size
-from moefy.nn.pre_score import sum_slots, weight_inputs
-from moefy.nn.replacement import replace_rows, routed_mask
+from moefy.nn import functional
+from moefy.nn.experts import token_tree
+from moefy.nn.experts.activation import Activation, body_of
+from moefy.nn.experts.body import Body
+from moefy.nn.experts.input_weighting import sum_slots, weight_inputs
+from moefy.nn.experts.linear import ExpertLinear
+from moefy.nn.experts.modules import ExpertList, Experts, make_experts, size
+from moefy.nn.experts.replacement import replace_rows, routed_mask
+from moefy.nn.experts.shared import DenseFFN, shared_output
+from moefy.nn.experts.stacked import WeightRef, run_stacked, stacked_parameters
+from moefy.nn.experts.token_tree import Tree
 from moefy.nn.routers import Router, RouterLike, make_router
-from moefy.nn.routing import Routing
+from moefy.nn.routing.routing import Routing
 from moefy.nn.seeding import seeded
-from moefy.nn.shared_experts import DenseFFN, shared_output
-from moefy.nn.stacked_ffn import WeightRef, run_stacked, stacked_parameters
-from moefy.nn.token_tree import Tree
 
 
 class MoE(nn.Module):
@@ -55,7 +56,7 @@ class MoE(nn.Module):
         bias: whether the experts have biases; by default ``not glu``.
         experts: experts of one's own in the place of the FFNs: a factory, called E times without arguments; a list of
             modules and factories, which may differ; or one ``nn.Module`` for all, called with ``(rows, offsets_E)``,
-            the rows sorted by expert (``moefy.ops.grouped_linear`` takes just these). See ``moefy.nn.experts``.
+            the rows sorted by expert (``moefy.ops.grouped_linear`` takes just these). See ``moefy.nn.experts.modules``.
         d_out: the width of the experts' output; by default D.
         router: a name, a ``moefy.RouterSpec`` (a name with options), a ``moefy.nn.Router`` of these sizes, its class, a
             factory, or any module from tokens to logits: see ``moefy.nn.routers``. A list of such: several routers over

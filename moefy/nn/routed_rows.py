@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.overrides import get_default_nowrap_functions
 
 from moefy.errors import RoutingError
-from moefy.nn.routing import Routing
+from moefy.nn.routing.routing import Routing
 
 
 class Ticket:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moefy.ops import checks
-from moefy.ops.cuda_rows import by_triton, combine_cuda
+from moefy.ops.cuda.rows import by_triton, combine_cuda
 from moefy.ops.library import differentiable, register
 from moefy.ops.permute import accumulation_dtype, weighted_sum
 

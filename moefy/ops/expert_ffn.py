@@ -25,10 +25,10 @@ from moefy.errors import ConfigError, ShapeError
 from moefy.ops import checks
 from moefy.ops.activations import ACTIVATIONS
 from moefy.ops.combine import combine
-from moefy.ops.cuda_ffn import ffn_backward_cuda, ffn_cuda
-from moefy.ops.cuda_rows import by_triton
-from moefy.ops.expert_kernels import ffn_backward_kernel, ffn_kernel, halves
-from moefy.ops.expert_parts import Layer
+from moefy.ops.cpu.ffn import ffn_backward_kernel, ffn_kernel, halves
+from moefy.ops.cpu.parts import Layer
+from moefy.ops.cuda.ffn import ffn_backward_cuda, ffn_cuda
+from moefy.ops.cuda.rows import by_triton
 from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.library import autocast_off, differentiable, register
 from moefy.ops.permute import permute

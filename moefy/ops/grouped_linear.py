@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from moefy.ops import checks
-from moefy.ops.cuda_rows import by_triton, grouped_linear_backward_cuda, grouped_linear_cuda
-from moefy.ops.grouped_gemm import outer_products, row_sums, rows_times
+from moefy.ops.cpu.layout import Bounds, Layout, layout_for
+from moefy.ops.cpu.products import outer_products, row_sums, rows_times
+from moefy.ops.cuda.rows import by_triton, grouped_linear_backward_cuda, grouped_linear_cuda
 from moefy.ops.library import differentiable, register
-from moefy.ops.row_layout import Bounds, Layout, layout_for
 
 
 def _layout(x_NI: Tensor, weight_EOI: Tensor, bounds: Bounds) -> Layout:

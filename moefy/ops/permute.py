@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefy.ops import checks
-from moefy.ops.cuda_rows import by_triton, sum_slots_cuda
+from moefy.ops.cuda.rows import by_triton, sum_slots_cuda
 from moefy.ops.library import differentiable, register
 
 # How many elements a CPU widens at a time, 512 KiB in fp32; 16 or 32 Ki elements took up to twice the time.

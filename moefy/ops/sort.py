@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moefy.errors import ShapeError
 from moefy.ops import checks
-from moefy.ops.cuda_rows import recorded
+from moefy.ops.cuda.rows import recorded
 from moefy.ops.library import register
 
 MAX_ROWS = 2**31 - 1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import moefy
 from integration.models import MLP, VOCAB, D, InlineBlock, dense, gradients, randomize, routers, transformed
 from moefy.config import AuxLoss
-from moefy.nn.routing import Routing
+from moefy.nn.routing.routing import Routing
 
 W, Z = 0.3, 0.05
 AUX = AuxLoss(weight=W, z_weight=Z)

@@ -46,19 +46,19 @@ def fail_at(calls: int) -> tuple[Callable[[Callable[..., Any]], Callable[..., An
 
 
 STEPS = {
-    "survey": ("moefy.upcycle.survey", 1),
-    "select": ("moefy.upcycle.select", 1),
-    "build-first": ("moefy.upcycle.build_layer", 1),
-    "build-last": ("moefy.upcycle.build_layer", 2),
-    "stack": ("moefy.surgery.stack", 3),
-    "router": ("moefy.surgery.configured_router", 2),
-    "install-first": ("moefy.surgery.Layer.install", 1),
-    "install-last": ("moefy.surgery.Layer.install", 2),
-    "put-first": ("moefy.surgery._put", 1),
-    "put-second": ("moefy.surgery._put", 2),
-    "verify": ("moefy.upcycle._verify", 1),
-    "compare": ("moefy.upcycle.compare", 1),
-    "quiet": ("moefy.upcycle.quiet", 1),
+    "survey": ("moefy.verbs.survey", 1),
+    "select": ("moefy.verbs.select", 1),
+    "build-first": ("moefy.verbs.build_layer", 1),
+    "build-last": ("moefy.verbs.build_layer", 2),
+    "stack": ("moefy.rewrite.modules.stack", 3),
+    "router": ("moefy.rewrite.modules.configured_router", 2),
+    "install-first": ("moefy.rewrite.modules.Layer.install", 1),
+    "install-last": ("moefy.rewrite.modules.Layer.install", 2),
+    "put-first": ("moefy.rewrite.modules._put", 1),
+    "put-second": ("moefy.rewrite.modules._put", 2),
+    "verify": ("moefy.verbs._verify", 1),
+    "compare": ("moefy.verbs.compare", 1),
+    "quiet": ("moefy.verbs.quiet", 1),
 }
 
 
@@ -103,7 +103,7 @@ def test_interrupts_restore_too(error: type[BaseException], monkeypatch: pytest.
     def stop(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("moefy.upcycle._verify", stop)
+    monkeypatch.setattr("moefy.verbs._verify", stop)
     with pytest.raises(error):
         moefy.transform(model, 4, example_args=(inputs[""],))
     before.check(model)
@@ -115,7 +115,7 @@ def test_flags_of_the_fused_encoder_are_restored(monkeypatch: pytest.MonkeyPatch
     before = Snapshot(model)
     assert model.use_nested_tensor
     wrap, _ = fail_at(1)
-    monkeypatch.setattr("moefy.upcycle._verify", wrap(lambda *a: None))
+    monkeypatch.setattr("moefy.verbs._verify", wrap(lambda *a: None))
     with pytest.raises(Injected):
         moefy.transform(model, 4, example_args=(batch("encoder", dtype=DTYPE)[""],))
     before.check(model)
@@ -130,10 +130,10 @@ def test_a_graph_module_is_restored(step: str, monkeypatch: pytest.MonkeyPatch) 
     nodes = [(n.op, n.target, n.name) for n in graph.nodes]
     keys = {k: v.clone() for k, v in model.state_dict().items()}
     target = {
-        "install": "moefy.graph_surgery._put_graph",
-        "verify": "moefy.upcycle._verify",
-        "ffn_to_moe": "moefy.graph_surgery.ffn_to_moe",
-        "stack": "moefy.graph_surgery.stack",
+        "install": "moefy.rewrite.graph._put_graph",
+        "verify": "moefy.verbs._verify",
+        "ffn_to_moe": "moefy.rewrite.graph.ffn_to_moe",
+        "stack": "moefy.rewrite.graph.stack",
     }[step]
     path, _, attribute = target.rpartition(".")
     wrap, _ = fail_at(1)
@@ -159,7 +159,7 @@ def test_a_failing_seal_or_noise_is_no_half_model(monkeypatch: pytest.MonkeyPatc
         expected = call(model, inputs)
     wrap, _ = fail_at(1)
     with monkeypatch.context() as patch:
-        patch.setattr("moefy.upcycle.add_noise", wrap(lambda *a: None))
+        patch.setattr("moefy.verbs.add_noise", wrap(lambda *a: None))
         with pytest.raises(Injected):
             moefy.transform(model, 4, example_args=(inputs[""],), expert_noise=0.1)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from integration.aux_models import AUX, bare, explicit, lm_pair, pair, tokens
 from integration.models import assert_same, batch, call, gradients, routers, scalar
 from integration.test_checkpointing import Checkpointed
 from integration.test_data_parallel import replicas
-from moefy.nn.aux_delivery import deliver_aux_loss, withdraw
+from moefy.nn.losses.delivery import deliver_aux_loss, withdraw
 
 EXACT = 1e-10
 KINDS = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])

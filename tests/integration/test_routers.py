@@ -238,7 +238,7 @@ def test_the_report_says_whether_it_is_exact(name: str) -> None:
 
 
 def test_a_wrong_rewrite_fails_the_check_of_any_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefy import surgery
+    from moefy.rewrite import modules as surgery
 
     def wrong(dense: Tensor, num_experts: int, layout: Any) -> nn.Parameter:
         copies = stack(dense, num_experts, layout)
@@ -324,7 +324,7 @@ def test_default_k_is_the_routers_own() -> None:
 
 
 def test_at_compile_time(fresh_dynamo: None) -> None:
-    from moefy.backend import backend
+    from moefy.compiler.backend import backend
 
     model, x = nn.Sequential(Block()).eval(), tokens().float()
     options = {"num_experts": E, "router": moefy.RouterSpec("sigmoid", scale=2.0), "inner": "eager"}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moefy.nn import EntryLinear, ExitLinear, FFNLink, Router
-from moefy.nn.expert_linear import ExpertLinear
+from moefy.nn.experts.linear import ExpertLinear
 
 D, H, E, K = 8, 12, 4, 2
 

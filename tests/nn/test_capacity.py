@@ -12,8 +12,8 @@ from torch import Tensor
 from moefy.config import CAPACITY_RULES, Capacity, MoEConfig
 from moefy.errors import ConfigError, UnknownOption
 from moefy.nn import Router
-from moefy.nn.capacity import RULES, expert_capacity, queue_ranks, seat
-from moefy.nn.routing import Choice
+from moefy.nn.routing.capacity import RULES, expert_capacity, queue_ranks, seat
+from moefy.nn.routing.routing import Choice
 
 D, H, E, K = 8, 12, 4, 2
 

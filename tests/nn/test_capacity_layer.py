@@ -18,7 +18,7 @@ import moefy
 from moefy.config import Capacity
 from moefy.errors import ShapeError
 from moefy.nn import MoE, Router, functional
-from moefy.nn.routing import Routing
+from moefy.nn.routing.routing import Routing
 from nn import blocks
 from nn.blocks import Conv, Glu, Mlp, assert_same, results, rewrite
 

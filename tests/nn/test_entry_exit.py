@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefy.errors import RoutingError, ShapeError
 from moefy.nn import EntryLinear, FFNLink, RoutedRows, Router
-from moefy.nn.entry_exit import SOURCE_ATTRIBUTE
+from moefy.nn.inline import SOURCE_ATTRIBUTE
 from nn.blocks import (
     BLOCKS,
     BareGlu,

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from moefy.config import Capacity
 from moefy.errors import ShapeError
 from moefy.nn import MoE, Router, Routing
-from moefy.nn.expert_buffers import decode, encode
+from moefy.nn.experts.buffers import decode, encode
 from nn.blocks import assert_same, results
 
 D, H, E, K = 5, 7, 4, 2

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from moefy import ops
 from moefy.errors import ConfigError, DtypeError, ShapeError
 from moefy.nn import MoE
-from moefy.nn.experts import ExpertList
+from moefy.nn.experts.modules import ExpertList
 from nn.blocks import assert_same, results
 
 D, E, K = 8, 4, 2

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from moefy.config import AuxLoss
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import MoE, losses
-from moefy.nn.losses import AFTER_DROPS, BALANCE_LOSSES, COUNTED, GlobalCounts, per_sequence
+from moefy.nn.losses.balance import AFTER_DROPS, BALANCE_LOSSES, COUNTED, GlobalCounts, per_sequence
 from moefy.ops import sort_by_expert
 
 T, E, K = 12, 4, 2

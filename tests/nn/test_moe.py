@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 from moefy.errors import ConfigError, RoutingError, ShapeError
 from moefy.nn import Body, ExpertLinear, InPlaceMoE, KnownBody, MoE, Router, WeightRef, functional
-from moefy.nn.body import activate
+from moefy.nn.experts.body import activate
 from moefy.nn.routers import router_init_
 from nn.blocks import assert_same, results
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moefy import ops
-from moefy.ops import expert_parts, row_layout
-from moefy.ops.expert_parts import Layer, parts
-from moefy.ops.row_layout import Batch, InRows
+from moefy.ops.cpu import layout as row_layout
+from moefy.ops.cpu import parts as expert_parts
+from moefy.ops.cpu.layout import Batch, InRows
+from moefy.ops.cpu.parts import Layer, parts
 
 T, D, H, E, K = 11, 6, 8, 5, 2
 

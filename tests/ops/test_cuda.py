@@ -111,8 +111,8 @@ def layer_arguments(glu, dtype, tokens_, seed):
 @pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first"])
 def test_replayed_launches_give_the_same_bits(glu, dtype, tokens_):
     """Launches are repeated from the third call on; other tensors and another routing come out as by launching anew."""
-    from moefy.ops import cuda_ffn
-    from moefy.ops.cuda_rows import recorded
+    from moefy.ops.cuda import ffn as cuda_ffn
+    from moefy.ops.cuda.rows import recorded
 
     mask = [True, True, glu == "separate", False, True, False, True, False]
     tapes = [recorded(f)._tapes for f in (cuda_ffn._forward, cuda_ffn._backward)]
@@ -137,7 +137,7 @@ def test_replayed_launches_give_the_same_bits(glu, dtype, tokens_):
 @pytest.mark.parametrize("glu", ["none", "separate", "merged_gate_first"])
 def test_replayed_backwards_that_write_over_the_saved_rows(glu):
     """The same bits as a backward that leaves them alone."""
-    from moefy.ops import cuda_ffn
+    from moefy.ops.cuda import ffn as cuda_ffn
 
     mask = (True, True, glu == "separate", False, True, False, True, False)
     for seed in range(5):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefy.ops import grouped_gemm, row_layout
-from moefy.ops.grouped_gemm import outer_products, row_sums, rows_dot, rows_times
-from moefy.ops.row_layout import Batch, Bounds, InRows, Layout, layout_for
+from moefy.ops.cpu import layout as row_layout
+from moefy.ops.cpu import products as grouped_gemm
+from moefy.ops.cpu.layout import Batch, Bounds, InRows, Layout, layout_for
+from moefy.ops.cpu.products import outer_products, row_sums, rows_dot, rows_times
 
 BOUNDS = [(0, 3), (3, 3), (3, 4), (4, 11)]
 ROWS, ROUTED, I, O = 13, 11, 8, 16

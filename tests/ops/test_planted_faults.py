@@ -11,7 +11,7 @@ from moefy.ops import checks
 from ops.test_property import Case, layer
 
 GROUPED = "moefy.ops.grouped_linear"
-KERNELS = "moefy.ops.expert_kernels"
+KERNELS = "moefy.ops.cpu.ffn"
 
 
 def case(dtype: torch.dtype) -> Case:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from moefy.ops import expert_kernels
+from moefy.ops.cpu import ffn as expert_kernels
 from moefy.ops.saved_rows import Saved, take
 from ops.layer import parameters, routed, tokens
 from ops.samples import SAMPLES

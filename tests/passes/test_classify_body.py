@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moefy.ops import ACTIVATIONS
-from moefy.passes.classify_body import classify_body
+from moefy.passes.match.classify_body import classify_body
 
 
 def gelu_erf(x):

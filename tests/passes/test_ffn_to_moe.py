@@ -174,8 +174,8 @@ def test_copies_and_pickles_run() -> None:
 
 
 def test_a_failed_check_restores_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefy import upcycle
-    from moefy.check import Comparison
+    from moefy import verbs as upcycle
+    from moefy.model.compare import Comparison
 
     dense, gm, x, _ = make("linear", "symbolic_trace")
     code, keys = gm.code, list(gm.state_dict())

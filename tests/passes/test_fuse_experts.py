@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moefy.nn import EntryLinear, ExitLinear, FFNLink, Router
 from moefy.passes import run_pipeline
 from moefy.passes.base import op_counts
-from moefy.passes.fuse_experts import FuseExperts
+from moefy.passes.moe.fuse_experts import FuseExperts
 
 UNFUSED = {"moefy.permute", "moefy.grouped_linear", "moefy.combine"}
 D, H, E = 8, 12, 4

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from moefy.passes.trace import trace_graph, trace_module
-from moefy.passes.vocabulary import op_name, shape_of
+from moefy.passes.trace.recorder import trace_graph, trace_module
+from moefy.passes.trace.vocabulary import op_name, shape_of
 
 
 def names(trace) -> list[str]:

@@ -20,7 +20,7 @@ from moefy.compat.single_process import group_size, refuse_ranks
 from moefy.config import Capacity, RouterSpec
 from moefy.errors import ConfigError, suggest
 from moefy.nn import ExpertLinear, Router
-from moefy.upcycle import transform
+from moefy.verbs import transform
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 GSHARD = Capacity(factor=1.2, eval_factor=2.4, rule="fastmoe_gshard")

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from moefy.compat.single_process import refuse_ranks
 from moefy.errors import ConfigError, UnknownOption
 from moefy.nn import losses
-from moefy.nn.capacity import RULES, queue_ranks
 from moefy.nn.routers.scored import top_k_index
 from moefy.nn.routers.topology import topology_index
+from moefy.nn.routing.capacity import RULES, queue_ranks
 
 TRAPS = frozenset({"gshard_loss_scale", "switch_additive_noise"})
 """What can be switched off; see ``moefy.compat.fastmoe``."""

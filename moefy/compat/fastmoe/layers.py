@@ -25,11 +25,11 @@ from moefy.compat.fastmoe.gates import NaiveGate
 from moefy.compat.fastmoe.linear import FMoELinear
 from moefy.compat.single_process import group_size, refuse_ranks
 from moefy.errors import ConfigError
-from moefy.nn import token_tree
+from moefy.nn.experts import token_tree
+from moefy.nn.experts.replacement import replace_rows
+from moefy.nn.experts.token_tree import Tree
 from moefy.nn.functional import count
-from moefy.nn.replacement import replace_rows
-from moefy.nn.routing import Choice, Routing
-from moefy.nn.token_tree import Tree
+from moefy.nn.routing.routing import Choice, Routing
 
 Gate = Callable[..., nn.Module]
 ExpertFactory = Callable[[int], nn.Module]

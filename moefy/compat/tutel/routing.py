@@ -25,8 +25,8 @@ from torch import Tensor
 from moefy.compat.single_process import group_size, refuse_ranks
 from moefy.errors import ConfigError, UnknownOption
 from moefy.nn import losses
-from moefy.nn.capacity import queue_ranks
 from moefy.nn.routers.scored import top_k_index
+from moefy.nn.routing.capacity import queue_ranks
 from moefy.ops.permute import accumulation_dtype
 
 TRAPS = frozenset({"zero_capacity_factor", "batch_priority_need", "load_loss_units"})

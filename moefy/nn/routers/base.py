@@ -24,11 +24,11 @@ from moefy.config import AuxLoss, Capacity
 from moefy.config.fields import is_finite, is_int
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
-from moefy.nn.aux_loss import AuxState, Injected, layer_loss
-from moefy.nn.capacity import DEFAULT_CAPACITY, Seats, seat
 from moefy.nn.checked import check_scores
 from moefy.nn.load import LoadCounter, exporting, in_backward
-from moefy.nn.routing import Choice, Routing
+from moefy.nn.losses.layer import AuxState, Injected, layer_loss
+from moefy.nn.routing.capacity import DEFAULT_CAPACITY, Seats, seat
+from moefy.nn.routing.routing import Choice, Routing
 from moefy.nn.seeding import seeded_generator
 
 
@@ -240,7 +240,7 @@ class Router(nn.Module):
 
     @property
     def l_aux(self) -> torch.Tensor | None:
-        """The weighted auxiliary loss of the last training forward; see ``moefy.nn.aux_loss``."""
+        """The weighted auxiliary loss of the last training forward; see ``moefy.nn.losses.layer``."""
         return self.aux_state.l_aux
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

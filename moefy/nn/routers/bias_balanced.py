@@ -28,7 +28,7 @@ from moefy.errors import ConfigError
 from moefy.nn import load, losses
 from moefy.nn.routers.base import Call
 from moefy.nn.routers.group_limited import GroupLimitedRouter
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 def bias_step(counts_E: Tensor, rate: float) -> Tensor:

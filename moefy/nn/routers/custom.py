@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import functional
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 class CustomRouter(Router):

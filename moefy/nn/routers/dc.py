@@ -18,10 +18,10 @@ from torch import Tensor
 from moefy.config import Capacity
 from moefy.config.fields import is_finite, is_int
 from moefy.errors import ConfigError
-from moefy.nn.capacity import queue_ranks, rule_capacity
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routers.gshard import GShardRouter, random_second
-from moefy.nn.routing import Choice
+from moefy.nn.routing.capacity import queue_ranks, rule_capacity
+from moefy.nn.routing.routing import Choice
 
 _RULE = Capacity(rule="fastmoe_dc")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 def taken_tokens(scores_TE: Tensor, seats: int | Tensor, mask_T: Tensor | None = None) -> Tensor:

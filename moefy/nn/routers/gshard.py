@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moefy.nn.routers.base import Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 def random_second(choice: Choice, num_experts: int) -> Choice:

@@ -16,7 +16,7 @@ from moefy.config import RouterSpec
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 class MultiRouter(Router):

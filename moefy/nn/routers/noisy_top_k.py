@@ -20,7 +20,7 @@ from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn import functional, losses
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 class NoisyTopKRouter(Router):

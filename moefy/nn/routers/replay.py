@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from moefy.errors import ConfigError, RoutingError, ShapeError
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routers.scored import ScoreTopK, all_scores, renormalized
-from moefy.nn.routing import Choice, Routing
+from moefy.nn.routing.routing import Choice, Routing
 
 
 class Trace:

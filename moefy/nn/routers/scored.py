@@ -24,7 +24,7 @@ from moefy import ops
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 Score = Literal["softmax", "sigmoid"]
 

@@ -25,7 +25,7 @@ from moefy.config.fields import is_int
 from moefy.errors import ConfigError
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routers.scored import renormalized, top_k_index
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 def swipe_round(

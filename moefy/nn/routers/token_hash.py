@@ -26,7 +26,7 @@ from moefy.config.fields import is_int
 from moefy.errors import ConfigError, DtypeError, RoutingError, ShapeError
 from moefy.nn import functional
 from moefy.nn.routers.base import Call, Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 from moefy.nn.seeding import seeded_generator
 
 By = Literal["position", "token"]

@@ -5,7 +5,7 @@ T tokens, E experts, K top-k.
     s = softmax(logits + gate_noise * N(0, 1) / E)     w = s[chosen], for K > 1 divided by their sum
 
 Contract: with noise, in training, ``Choice.losses["load_importance"]`` holds Tutel's other loss, see
-``moefy.nn.losses``: with all in logits, or in the mixed units of the original.
+``moefy.nn.losses.balance``: with all in logits, or in the mixed units of the original.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moefy.errors import ConfigError
 from moefy.nn import losses
 from moefy.nn.routers.base import Call, Router
 from moefy.nn.routers.scored import top_k_index
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 class TutelTopRouter(Router):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moefy.nn import functional
 from moefy.nn.routers.base import Router
-from moefy.nn.routing import Choice
+from moefy.nn.routing.routing import Choice
 
 
 class ZeroRouter(Router):

@@ -1,0 +1,1 @@
+"""The command ``moefy``; ``main`` has its verbs."""

@@ -1,0 +1,1 @@
+"""The ``torch.compile`` backend "moefy": its options, dense models at compile time, and what it asks of Dynamo."""

@@ -1,0 +1,293 @@
+"""A dense model becomes an MoE inside ``torch.compile``: modules are swapped, then Dynamo starts over.
+
+Dynamo calls the backend with a graph that it traced from the dense model. When the frame's modules
+have not been seen yet, ``moefy.transform`` runs on them, with the arguments of the very call that is
+being compiled, and the analysis of the frame restarts. Dynamo then traces an ordinary transformed
+model: parameters are inputs, guards are its own, ``load_state_dict(assign=True)``, ``.train()`` and
+shape changes behave as for any model. No parameter is ever made behind Dynamo's back.
+
+    call 1   trace the dense graph -> transform(self) -> restart -> trace the MoE graph -> compile
+    call 2   cached
+
+Contract: every FFN that ``transform`` accepts is rewritten, or a named error says why not. Layers that
+are compiled one by one share one code object, so each swap costs a cache entry of that code; identity
+guards keep these entries out of Dynamo's ``recompile_limit``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import sys
+import time
+import types
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._guards import CompileContext, tracing
+from torch.utils._python_dispatch import _disable_current_modes
+
+from moefy.capture.inputs.tensors import ExampleInputs
+from moefy.compiler.frame import (
+    Frame,
+    RestartAnalysis,
+    current_frame,
+    guard_identity,
+    on_limit,
+    unwrapped,
+)
+from moefy.compiler.options import WHERE, CompileOptions
+from moefy.config import MoEConfig
+from moefy.errors import AlreadyTransformed, BackendError, NoFFNFound
+from moefy.passes import base
+from moefy.passes.trace.recorder import Trace
+from moefy.records import PassRecord
+
+log = logging.getLogger(__name__)
+
+NAME = "transform"
+OPTIMIZER_WARNING = (
+    'torch.compile(backend="moefy") made an MoE of a dense model during its first compiled call: an '
+    "optimizer built before that does not hold the new parameters. Build it after the first call, or "
+    "call moefy.transform(model) before torch.compile"
+)
+
+
+@dataclasses.dataclass
+class _State:
+    """What was seen in this process. Modules are held weakly."""
+
+    seen: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
+    barren: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
+    guarded: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
+    swaps: dict[types.CodeType, int] = dataclasses.field(default_factory=dict)
+    warned: bool = False
+
+
+_state = _State()
+
+
+def reset() -> None:
+    """Forget what was seen; ``torch._dynamo.reset()`` does so too."""
+    global _state
+    _state = _State()
+
+
+def upcycle_frame(gm: fx.GraphModule, options: CompileOptions) -> None:
+    """Transform the modules of the frame that is being compiled, unless that was done before.
+
+    Raises:
+        RestartAnalysis: something was swapped; for Dynamo.
+        BackendError: the modules are wrapped or in use in a way that forbids swapping.
+        MoefyError: whatever ``moefy.transform`` raises, but for ``NoFFNFound``, which is a warning.
+    """
+    frame = current_frame()
+    if frame is None:
+        raise BackendError("num_experts needs torch.compile: the backend was called by hand")
+    root = frame.root
+    if root is not None and root in _state.guarded:
+        _state.guarded.discard(root)
+        guard_identity(frame)
+    if root is not None and root in _state.seen:
+        return
+    if root is not None and frame.call is not None:
+        swapped = _transform_module(frame, frame.call, options, base.node_count(gm))
+    else:
+        swapped = _transform_graph(gm, frame, options)
+    if not swapped:
+        return
+    if _state.swaps.get(frame.code, 0) and root is not None:
+        _state.guarded.add(root)
+    _state.swaps[frame.code] = _state.swaps.get(frame.code, 0) + 1
+    _watch()
+    if not _state.warned:
+        _state.warned = True
+        warnings.warn(OPTIMIZER_WARNING, stacklevel=3)
+    raise RestartAnalysis
+
+
+@functools.cache
+def _watch() -> None:
+    """Once per process: a dense layer that Dynamo gives up on is an error, not a dense layer."""
+    on_limit(_refuse_dense)
+
+
+def _refuse_dense(frame: Frame, limit: str) -> None:
+    root = frame.root
+    if root is None or root in _state.seen or frame.code not in _state.swaps:
+        return
+    error = BackendError(
+        f"{type(root).__name__} stays dense: Dynamo compiled its forward as often as "
+        f"torch._dynamo.config.{limit} allows; raise that, or call moefy.transform(model, "
+        "num_experts=...) before torch.compile"
+    )
+    raise unwrapped(error)
+
+
+def graph_name() -> str:
+    """Dynamo's id of this compilation, ``"frame/recompile"``."""
+    compile_id = CompileContext.current_compile_id()
+    return str(compile_id) if compile_id is not None else ""
+
+
+def check_swappable(root: nn.Module) -> None:
+    """Raise ``BackendError`` where new parameters would break what already holds the old ones."""
+    remedy = "call moefy.transform(model, num_experts=...) first, then wrap, then compile"
+    for reason in _obstacles(root):
+        raise BackendError(f"cannot make {type(root).__name__} an MoE at compile time: {reason}; {remedy}")
+
+
+def _obstacles(root: nn.Module) -> Iterator[str]:
+    if nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+        yield "it runs under DistributedDataParallel"
+    wrappers = _wrapper_classes()
+    for fqn, module in root.named_modules():
+        if isinstance(module, wrappers):
+            yield f"{fqn or 'it'} is wrapped in {type(module).__name__}"
+        if getattr(module, "_is_replica", False):
+            yield "it is a replica made by DataParallel"
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
+                yield f"{fqn}.{name} is a DTensor"
+            if not isinstance(parameter, nn.Parameter):
+                yield f"{fqn}.{name} is not a Parameter (torch.func.functional_call?)"
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    if functorch.peek_interpreter_stack() is not None:
+        yield "it runs inside a torch.func transform"
+
+
+def _wrapper_classes() -> tuple[type, ...]:
+    """The wrappers that hold parameters; those of modules nobody imported cannot occur."""
+    found: list[type] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for name in ("FullyShardedDataParallel", "FSDPModule"):
+        if fsdp is not None and hasattr(fsdp, name):
+            found.append(getattr(fsdp, name))
+    return tuple(found)
+
+
+def _transform_module(
+    frame: Frame, call: tuple[tuple[Any, ...], dict[str, Any]], options: CompileOptions, nodes: int
+) -> bool:
+    """Run ``moefy.transform`` on the frame's root; whether anything was swapped."""
+    from moefy.verbs import report, transform
+
+    assert frame.root is not None and options.moe is not None
+    root, start = frame.root, time.perf_counter()
+    check_swappable(root)
+    _state.seen.update(root.modules())
+    matched, note = 0, ""
+    try:
+        with _outside_of_dynamo():
+            transform(
+                root,
+                config=_own_seed(options.moe, _state.swaps.get(frame.code, 0)),
+                example_args=call[0],
+                example_kwargs=call[1],
+                include=options.include,
+                exclude=options.exclude,
+                check=False,
+            )
+        layers = report(root).layers
+        matched = sum(layer.action == "moe" for layer in layers)
+        note = _refusals([layer for layer in layers if layer.action == "skipped"])
+    except AlreadyTransformed as error:
+        note = str(error)
+    except NoFFNFound as error:
+        note = _refusals(error.candidates) or "no candidate"
+        warnings.warn(f"{WHERE}: {error}", stacklevel=4)
+    _state.seen.update(root.modules())
+    _record(root, matched, note, nodes, start)
+    return matched > 0
+
+
+def _transform_graph(gm: fx.GraphModule, frame: Frame, options: CompileOptions) -> bool:
+    """Rewrite the FFNs that Dynamo's graph shows, where there is no forward to run again."""
+    from moefy.compiler.frame_trace import roots_of, trace_below
+
+    assert options.moe is not None
+    swapped = False
+    for root in roots_of(gm):
+        if root in _state.seen:
+            continue
+        start = time.perf_counter()
+        with _outside_of_dynamo():
+            trace = trace_below(gm, root)
+            config = _own_seed(options.moe, _state.swaps.get(frame.code, 0))
+            found = _rewrite_traced(root, trace, config, options)
+        accepted = sum(m.accepted for m in found)
+        refused = _refusals([m for m in found if not m.accepted])
+        if found:
+            _record(root, accepted, refused, base.node_count(gm), start)
+        elif root is frame.root and root not in _state.barren:
+            _state.barren.add(root)
+            _record(root, 0, "no candidate", base.node_count(gm), start)
+            warnings.warn(f"{WHERE}: {NoFFNFound(type(root).__name__)}", stacklevel=4)
+        swapped |= accepted > 0
+    return swapped
+
+
+def _rewrite_traced(root: nn.Module, trace: Trace, config: MoEConfig, options: CompileOptions) -> list[Any]:
+    """``moefy.transform`` for a trace that is there already; the records of all candidates."""
+    from moefy.capture.capture import Part, match_parts
+    from moefy.verbs import rewrite_survey
+
+    found = match_parts(root, [Part(root, ExampleInputs((), {}, "the inputs of the call"), trace)])
+    if not any(m.record.accepted for m in found.matches):
+        return [m.record for m in found.matches]
+    check_swappable(root)
+    earlier = root.__dict__.get("_moefy_report")
+    try:
+        report = rewrite_survey(root, found, config, options.include, options.exclude, check=False)
+    except NoFFNFound as error:  # include and exclude left nothing
+        return error.candidates
+    if earlier is not None:  # an earlier part of the same frame
+        layers = (*earlier.layers, *report.layers)
+        report = dataclasses.replace(report, layers=layers, params_dense=earlier.params_dense)
+        root.__dict__["_moefy_report"] = report
+    return [m.record for m in found.matches]
+
+
+def _record(root: nn.Module, matched: int, note: str, nodes: int, start: float) -> None:
+    record = PassRecord(
+        name=NAME,
+        matched=matched,
+        nodes_before=nodes,
+        nodes_after=nodes,
+        ms=(time.perf_counter() - start) * 1e3,
+        note=f"{type(root).__name__}" + (f"; refused: {note}" if note else ""),
+    )
+    base.add_run(graph_name(), (record,))
+    log.info("%s: %d layers of %s", NAME, matched, record.note)
+
+
+def _refusals(candidates: Sequence[Any]) -> str:
+    return ", ".join(f"{c.fqn or '(root)'} ({c.reason})" for c in candidates)
+
+
+def _own_seed(config: MoEConfig, ordinal: int) -> MoEConfig:
+    """Layers compiled one by one have the same FQNs; their place in the order makes routers differ."""
+    if ordinal == 0:
+        return config
+    digest = hashlib.sha256(f"{config.seed}:{ordinal}".encode()).digest()
+    return dataclasses.replace(config, seed=int.from_bytes(digest[:6], "big"))
+
+
+@contextlib.contextmanager
+def _outside_of_dynamo() -> Iterator[None]:
+    """As if no compilation were under way: the block runs a model and makes parameters.
+
+    Layers with a ``.compile()`` of their own run eagerly in it.
+    """
+    eager = torch.compiler.set_stance("force_eager")
+    with tracing(None), torch.inference_mode(False), _disable_current_modes(), eager:
+        yield

@@ -1,0 +1,91 @@
+"""What lies between an expert's linears, from a name, a function or a module.
+
+Contract: ``body_of(activation, glu)`` is the ``Body`` and the module that it calls, to be mounted as ``activation`` on
+the owner; ``None`` when ``ops.expert_ffn`` has the activation fused. ``nn.GELU()``, ``F.relu`` and the like count as
+their names. A module is shared by all experts and trained with them.
+
+    >>> body_of(torch.nn.functional.silu, glu=True)[0].known
+    KnownBody(activation='silu', glu='separate', gate=0)
+    >>> body_of(nn.PReLU(), glu=False)
+    (Body('def forward(self, h0): ...'), PReLU(num_parameters=1))
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from moefy.errors import ConfigError
+from moefy.nn.experts.body import Body
+
+Activation = str | nn.Module | Callable[[Tensor], Tensor]
+
+_FUNCTIONS: dict[Any, str] = {
+    F.gelu: "gelu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.silu: "silu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+}
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.Identity: "identity",
+}
+
+
+class FunctionModule(nn.Module):
+    """A function as a module, so that a body can call it by path."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``function(x)``."""
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def body_of(activation: Activation, glu: bool) -> tuple[Body, nn.Module | None]:
+    """The body ``act(h0)``, or ``act(h0) * h1`` with ``glu``, and the module it calls.
+
+    Raises:
+        ConfigError: for a name that does not exist, or what is neither name, function nor module.
+    """
+    name = known_name(activation)
+    if name is not None:
+        return Body.of(name, "separate" if glu else "none"), None
+    if not callable(activation):
+        raise ConfigError("activation", got=activation, expected="a name, a function or an nn.Module")
+    graph = fx.Graph()
+    rows = [graph.placeholder(f"h{i}") for i in range(2 if glu else 1)]
+    hidden = graph.call_module("activation", (rows[0],))
+    graph.output(graph.call_function(operator.mul, (hidden, rows[1])) if glu else hidden)
+    return Body.from_graph(graph), activation if isinstance(activation, nn.Module) else FunctionModule(
+        activation
+    )
+
+
+def known_name(activation: Activation) -> str | None:
+    """The name under which the fused op has ``activation``, if it has."""
+    if isinstance(activation, str):
+        return activation
+    if type(activation) is nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    if isinstance(activation, nn.Module):
+        return _MODULES.get(type(activation))
+    return next((name for function, name in _FUNCTIONS.items() if function is activation), None)

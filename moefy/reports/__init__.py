@@ -1,0 +1,1 @@
+"""Reports: what was rewritten, how evenly the experts are used, the environment; and how they are drawn."""

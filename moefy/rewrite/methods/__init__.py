@@ -1,0 +1,1 @@
+"""Upcycling methods: how experts are made of a dense FFN."""

@@ -1,0 +1,137 @@
+"""The pass that writes MoE into a caller's graph: entry, body and exit nodes become routed ones.
+
+    linear(x, w1) -> gelu -> linear(., w2)
+    router -> routing = route_by(router, x) -> routed_entry(x, W1, ., routing) -> gelu -> routed_exit(., W2, ., routing)
+
+The router is a ``get_attr`` node of its module, so that any router does. The weights are ``get_attr`` nodes under their
+dense FQNs, which by then hold stacked experts. Preserves numerics to rounding when the experts are copies and the
+router's weights sum to 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import fx
+
+from moefy.nn import functional
+from moefy.passes.match.body_graph import body_graph
+from moefy.passes.match.regions import Region
+from moefy.passes.match.rules import Match
+from moefy.passes.trace.recorder import Trace
+from moefy.passes.trace.vocabulary import RESHAPES, op_name
+from moefy.records import PassRecord
+
+NAME = "ffn_to_moe"
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphMatch:
+    """One FFN of the graph, the trace that it was found in, and where its router will be."""
+
+    match: Match
+    trace: Trace
+    router: str
+
+
+def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph, PassRecord]:
+    """A copy of ``graph`` with every match rewritten, and the record of the pass."""
+    start, before = time.perf_counter(), len(graph.nodes)
+    copies: dict[fx.Node, fx.Node] = {}
+    rewritten = fx.Graph()
+    output = rewritten.graph_copy(graph, copies, return_output_node=True)
+    if output is not None:
+        value, old_output = cast("tuple[Any, fx.Node]", output)
+        node = rewritten.output(value)
+        node.meta.update(old_output.meta)
+        copies[old_output] = node
+    rewritten._codegen = graph._codegen
+    for match in matches:
+        for region in match.match.regions:
+            last = _rewrite(rewritten, copies, match, region)
+            dense = [copies[o] for n in region.nodes() if (o := n.meta.get("origin")) in copies]
+            _erase(rewritten, [*dense, last])
+    rewritten.lint()
+    record = PassRecord(
+        name=NAME,
+        matched=len(matches),
+        nodes_before=before,
+        nodes_after=len(rewritten.nodes),
+        ms=1e3 * (time.perf_counter() - start),
+    )
+    return rewritten, record
+
+
+def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch, region: Region) -> fx.Node:
+    axis = _feature_dim(region)
+    x = _caller_value(region.entries[0].x, region.source, copies)
+    last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
+    with graph.inserting_before(last):
+        router = graph.get_attr(match.router)
+        routing = _leaf(graph, functional.route_by, (router, x), {"feature_dim": axis})
+        rows = [
+            _leaf(graph, functional.routed_entry, (x, *_weights(graph, entry.weight, entry.bias), routing))
+            for entry in region.entries
+        ]
+        body = body_graph(match.trace, region, "")
+        inner: dict[fx.Node, fx.Node] = dict(
+            zip((n for n in body.nodes if n.op == "placeholder"), rows, strict=True)
+        )
+        hidden = graph.graph_copy(body, inner)
+        linear = _weights(graph, region.exit.weight, region.exit.bias)
+        out = _leaf(graph, functional.routed_exit, (hidden, *linear, routing))
+    last.replace_all_uses_with(out)
+    return last
+
+
+def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase the nodes that nobody reads any more, and what only they read."""
+    erased: set[fx.Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node in erased or node.users or node.op in ("placeholder", "output"):
+            continue
+        nodes.extend(node.all_input_nodes)
+        erased.add(node)
+        graph.erase_node(node)
+
+
+def _leaf(
+    graph: fx.Graph, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """A call that stays one node when the graph is traced again, as unpickling a GraphModule does."""
+    node = graph.call_function(function, args, kwargs)
+    node.meta["is_wrapped"] = True
+    return node
+
+
+def _weights(graph: fx.Graph, weight: str, bias: str | None) -> tuple[fx.Node, fx.Node | None]:
+    return graph.get_attr(weight), graph.get_attr(bias) if bias is not None else None
+
+
+def _caller_value(raw: fx.Node, source: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The caller's node of the source: that of the looked-through value, where it is visible in the graph."""
+    return (
+        copies[source.meta["origin"]] if source.meta.get("origin") in copies else copies[raw.meta["origin"]]
+    )
+
+
+def _last_of_exit(node: fx.Node, region: Region) -> fx.Node:
+    """The exit's node, or the reshape behind it that gives a flattened result its leading shape back."""
+    if len(region.exit.out.meta["shape"]) == len(region.source.meta["shape"]):
+        return node
+    users = list(node.users)
+    if len(users) == 1 and users[0].op in ("call_function", "call_method") and _reshapes(users[0]):
+        return users[0]
+    return node
+
+
+def _reshapes(node: fx.Node) -> bool:
+    return node.target in RESHAPES if node.op == "call_method" else op_name(node) in RESHAPES
+
+
+def _feature_dim(region: Region) -> int:
+    return -1 if region.exit.axis == -1 else region.exit.axis - len(region.source.meta["shape"])
