@@ -85,7 +85,7 @@ def allocate(megabytes: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("megabytes", [16, 96])
 def test_a_peak_that_is_gone_again_is_seen(megabytes, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     grown = in_fresh_process("test_bench", "allocate", megabytes)
     assert 0.95 * megabytes * MEGABYTE <= grown <= megabytes * MEGABYTE + 8 * MEGABYTE
 
