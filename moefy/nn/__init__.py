@@ -3,7 +3,7 @@
 They know ``moefy.ops`` and nothing above it; ``functional`` is the core that all of them call.
 """
 
-from moefy.nn.experts.body import Body, KnownBody
+from moefy.nn.experts.body import Body
 from moefy.nn.experts.linear import ExpertLinear
 from moefy.nn.experts.stacked import WeightRef
 from moefy.nn.in_place import InPlaceMoE
@@ -12,6 +12,7 @@ from moefy.nn.moe import MoE
 from moefy.nn.routed_rows import RoutedRows
 from moefy.nn.routers import Router
 from moefy.nn.routing.routing import Choice, Routing
+from moefy.records import KnownBody
 
 __all__ = [
     "Body",

@@ -11,13 +11,14 @@ them; ``reference`` holds the plain torch twin of each.
 
 from moefy.ops.activations import ACTIVATIONS, Activation
 from moefy.ops.combine import combine
-from moefy.ops.expert_ffn import GLU, GLU_FORMS, expert_ffn
+from moefy.ops.expert_ffn import expert_ffn
 from moefy.ops.first_run import first_run
 from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.loss_scale import loss_scale, set_loss_scale
 from moefy.ops.permute import permute
 from moefy.ops.sort import sort_by_expert
 from moefy.ops.top_k import top_k_softmax
+from moefy.records import GLU, GLU_FORMS
 
 __all__ = [
     "ACTIVATIONS",

@@ -16,7 +16,7 @@ them again. Dropped slots add nothing.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +32,7 @@ from moefy.ops.cuda.rows import by_triton
 from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.library import autocast_off, differentiable, register
 from moefy.ops.permute import permute
-
-GLU = Literal["none", "separate", "merged_gate_first", "merged_gate_last"]
-GLU_FORMS: tuple[GLU, ...] = ("none", "separate", "merged_gate_first", "merged_gate_last")
+from moefy.records import GLU, GLU_FORMS
 
 _ARGS = (
     "Tensor x, Tensor top_k_weights, Tensor order, Tensor offsets, Tensor? w_gate, Tensor? b_gate, "

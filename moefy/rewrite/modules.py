@@ -139,7 +139,7 @@ def _moe_swap(index: ModelIndex, match: Match, config: MoEConfig, origins: dict[
         tail=Body.from_graph(match.tail) if match.tail is not None else None,
         router=router,
         num_experts=config.num_experts,
-        feature_dim=feature_dim(region),
+        feature_dim=region.feature_dim,
         returns="tuple" if match.returns_tuple else "tensor",
         input_name=_input_name(owner),
     )
@@ -247,7 +247,7 @@ def _linear_swaps(
 ) -> list[Swap]:
     model, region = index.model, match.region
     link = FFNLink(match.record.fqn)
-    common: dict[str, Any] = {"feature_dim": feature_dim(region), "link": link}
+    common: dict[str, Any] = {"feature_dim": region.feature_dim, "link": link}
     swaps = []
     for order, site in enumerate(region.entries):
         old = model.get_submodule(site.name)
@@ -299,12 +299,6 @@ def _router(model: nn.Module, region: Region, config: MoEConfig, place: str, lay
         raise NameClash(place, "router", layer=layer)
     weight = model.get_parameter(region.entries[0].weight)
     return configured_router(config, region.entries[0].in_features, place, weight)
-
-
-def feature_dim(region: Region) -> int:
-    """The feature axis as ``moefy.nn`` counts it, from the back."""
-    rank = len(region.source.meta["shape"])
-    return -1 if region.exit.axis == -1 else region.exit.axis - rank
 
 
 # -- the model's names -----------------------------------------------------------------------------------------------

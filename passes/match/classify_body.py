@@ -5,9 +5,9 @@ samples and compared with the activations that the expert op knows, alone and in
 arrangement. Numbers cannot be fooled by spelling: a hand-written gelu of eight nodes is a gelu.
 
     >>> classify_body(lambda h: 0.5 * h * (1 + torch.erf(h / 2**0.5)), [64])
-    KnownBody(activation='gelu', glu='none', gate=0, error=2.2e-16)
+    KnownBody(activation='gelu', glu='none', gate=0)
     >>> classify_body(lambda a, b: torch.nn.functional.silu(b) * a, [64, 64])
-    KnownBody(activation='silu', glu='separate', gate=1, error=0.0)
+    KnownBody(activation='silu', glu='separate', gate=1)
 
 Contract: ``fn`` is element-wise over tokens (the matcher's walk made sure of that) and reads no
 parameter: a learnable activation may *today* have the values of a known one. A body that is random,
@@ -17,7 +17,6 @@ changes: no RNG draw, no mode.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moefy.ops import ACTIVATIONS
+from moefy.records import KnownBody
 
 # Constants cut to 8 digits (Megatron's 0.79788456) and casts to fp32 inside a body cost about 1e-7
 # in float64.
@@ -32,25 +32,6 @@ TOLERANCE_FP64 = 1e-13
 TOLERANCE = 5e-7
 
 Body = Callable[..., Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class KnownBody:
-    """A body that the expert op computes by itself.
-
-    Attributes:
-        activation: key of ``moefy.ops.ACTIVATIONS``.
-        glu: ``"none"``: ``act(h)``. ``"separate"``: ``act(entry[gate]) * entry[1 - gate]``.
-            Merged, with ``a, b = h.chunk(2)``: ``"merged_gate_first"`` is ``act(a) * b`` and
-            ``"merged_gate_last"`` is ``a * act(b)``.
-        gate: which entry is the gate when ``glu == "separate"``, else 0.
-        error: largest deviation seen in float64, relative to ``max(1, |value|)``.
-    """
-
-    activation: str
-    glu: str
-    gate: int = 0
-    error: float = dataclasses.field(default=0.0, compare=False)
 
 
 def classify_body(
@@ -82,13 +63,13 @@ def classify_body(
         got = _run(fn, probes)
         if got is None:
             return None
-        best: KnownBody | None = None
+        best, least = None, float("inf")
         for known, expected in _candidates(probes, feature_dim):
             error = _distance(got, expected)
-            if error < (best.error if best else float("inf")):
-                best = dataclasses.replace(known, error=error)
+            if error < least:
+                best, least = known, error
     limit = TOLERANCE_FP64 if dtype == torch.float64 else TOLERANCE
-    return best if best and best.error <= limit else None
+    return best if least <= limit else None
 
 
 def _probe(width: int, index: int, feature_dim: int, rank: int) -> Tensor:

@@ -61,6 +61,12 @@ class Region:
         """The weights: the same key at several places is one FFN called several times."""
         return tuple(e.weight for e in self.entries), self.exit.weight
 
+    @property
+    def feature_dim(self) -> int:
+        """The feature axis of the source, counted from the back: -1, or -3 for a 1x1 ``nn.Conv2d``."""
+        axis = self.exit.axis
+        return -1 if axis == -1 else axis - len(self.source.meta["shape"])
+
     def nodes(self) -> set[fx.Node]:
         """All call nodes of entries, body and exit, and the reshapes and casts between body and exit."""
         found = set(self.body) | self.exit.nodes

@@ -33,7 +33,7 @@ import torch
 from torch import fx
 
 from moefy.passes.match.body_graph import OutsideOwner, body_graph, tail_graph
-from moefy.passes.match.classify_body import KnownBody, classify_body
+from moefy.passes.match.classify_body import classify_body
 from moefy.passes.match.feature_axis import FeatureAxes
 from moefy.passes.match.linears import LinearSite, find_linears
 from moefy.passes.match.regions import Region, find_regions, keeps_last_axis, look_through
@@ -50,7 +50,7 @@ from moefy.passes.trace.vocabulary import (
     shape_of,
     tensor_inputs,
 )
-from moefy.records import FFNMatch, Form
+from moefy.records import FFNMatch, Form, KnownBody
 
 _ISSUE_ORDER = (
     "conv-between",

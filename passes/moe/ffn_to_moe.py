@@ -66,7 +66,7 @@ def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph
 
 
 def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch, region: Region) -> fx.Node:
-    axis = _feature_dim(region)
+    axis = region.feature_dim
     x = _caller_value(region.entries[0].x, region.source, copies)
     last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
     with graph.inserting_before(last):
@@ -131,7 +131,3 @@ def _last_of_exit(node: fx.Node, region: Region) -> fx.Node:
 
 def _reshapes(node: fx.Node) -> bool:
     return node.target in RESHAPES if node.op == "call_method" else op_name(node) in RESHAPES
-
-
-def _feature_dim(region: Region) -> int:
-    return -1 if region.exit.axis == -1 else region.exit.axis - len(region.source.meta["shape"])

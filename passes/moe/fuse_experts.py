@@ -21,8 +21,9 @@ from torch.fx.node import map_arg
 
 from moefy import ops
 from moefy.passes.base import Pass, graph_modules, register_pass
-from moefy.passes.match.classify_body import KnownBody, classify_body
+from moefy.passes.match.classify_body import classify_body
 from moefy.passes.moe.expert_regions import ExpertRegion, find_expert_regions
+from moefy.records import KnownBody
 
 # Bodies are probed with the graph's own number of rows while that is at most this many values (8 MB in
 # float64); above, shape arguments that equal it are scaled down.

@@ -302,7 +302,9 @@ def test_known_bodies(glu: Any, gate: int) -> None:
 @pytest.mark.parametrize("bad", [{"activation": "nope"}, {"activation": "gelu", "glu": "nope"}])
 def test_unknown_bodies(bad: Any) -> None:
     with pytest.raises(ConfigError):
-        KnownBody(**bad)
+        Body.of(**bad)
+    with pytest.raises(ConfigError):
+        Body.from_graph(star_graph(), KnownBody(**bad))
 
 
 def test_a_body_pickles_as_text_and_equal_ones_share_their_function() -> None:

@@ -31,37 +31,12 @@ from torch.package.importer import sys_importer
 
 from moefy import ops
 from moefy.errors import ConfigError, suggest
+from moefy.records import KnownBody
 
 RANDOM_FUNCTIONS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout
 }  # fmt: skip
 RANDOM_MODULES = (nn.modules.dropout._DropoutNd,)
-
-
-@dataclasses.dataclass(frozen=True)
-class KnownBody:
-    """A body that ``ops.expert_ffn`` has fused.
-
-    Attributes:
-        activation: a key of ``ops.ACTIVATIONS``.
-        glu: ``none``, ``separate`` (two entries), or ``merged_gate_first`` / ``merged_gate_last`` (one entry of width
-            2H whose first or last half is the gate).
-        gate: with ``separate``, which entry is the gate (the one that is activated).
-    """
-
-    activation: str
-    glu: ops.GLU = "none"
-    gate: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse names that do not exist."""
-        if self.activation not in ops.ACTIVATIONS:
-            known = sorted(ops.ACTIVATIONS)
-            raise ConfigError(
-                "activation", got=self.activation, expected=f"one of {known}{suggest(self.activation, known)}"
-            )
-        if self.glu not in ops.GLU_FORMS:
-            raise ConfigError("glu", got=self.glu, expected=f"one of {ops.GLU_FORMS}")
 
 
 class Body:
@@ -87,17 +62,20 @@ class Body:
         self.function = compiled(code, imports)
 
     @classmethod
-    def from_graph(cls, graph: fx.Graph, known: Any = None) -> Body:
+    def from_graph(cls, graph: fx.Graph, known: KnownBody | None = None) -> Body:
         """The body that ``graph`` computes.
 
         Args:
             graph: placeholders are the entry outputs in order; attribute and module targets are relative to the owner.
-            known: what it is, when the fused op has it: anything with ``activation``, ``glu`` and ``gate``.
+            known: what it is, when the fused op has it.
+
+        Raises:
+            ConfigError: for a known body whose activation or GLU form does not exist.
         """
+        if known is not None:
+            _check_known(known)
         python = graph.python_code(root_module="self")
         imports = _format_import_block(python.globals, sys_importer)
-        if known is not None and not isinstance(known, KnownBody):
-            known = KnownBody(known.activation, known.glu, known.gate)
         return cls(
             python.src.strip() + "\n",
             imports,
@@ -115,6 +93,7 @@ class Body:
             ConfigError: for a name that does not exist.
         """
         known = KnownBody(activation, glu, gate)
+        _check_known(known)
         return cls.from_graph(known_graph(known), known)
 
     def __call__(self, owner: nn.Module, *rows: torch.Tensor) -> torch.Tensor:
@@ -142,6 +121,16 @@ class Body:
 
     def __repr__(self) -> str:
         return f"Body({self.known or self.code!r})"
+
+
+def _check_known(known: KnownBody) -> None:
+    """Refuse names that do not exist."""
+    names = sorted(ops.ACTIVATIONS)
+    if known.activation not in names:
+        expected = f"one of {names}{suggest(known.activation, names)}"
+        raise ConfigError("activation", got=known.activation, expected=expected)
+    if known.glu not in ops.GLU_FORMS:
+        raise ConfigError("glu", got=known.glu, expected=f"one of {ops.GLU_FORMS}")
 
 
 @dataclasses.dataclass(frozen=True)
