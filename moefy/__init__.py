@@ -18,7 +18,7 @@ _PUBLIC = {
     "transform": "moefy.verbs",
     "find": "moefy.verbs",
     "report": "moefy.verbs",
-    "undo": "moefy.rewrite.undo",
+    "undo": "moefy.verbs",
     "MoE": "moefy.nn",
     "MoEConfig": "moefy.config",
     "RouterSpec": "moefy.config",
@@ -73,8 +73,7 @@ if TYPE_CHECKING:
     from moefy.reports.expert_load import LoadReport, load
     from moefy.reports.load_history import LoadHistory
     from moefy.reports.rewrite import RewriteReport
-    from moefy.rewrite.undo import undo
-    from moefy.verbs import find, report, transform
+    from moefy.verbs import find, report, transform, undo
 
 
 def __getattr__(name: str) -> Any:

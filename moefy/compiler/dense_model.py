@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import sys
 import time
 import types
 import warnings
@@ -46,6 +45,8 @@ from moefy.compiler.frame import (
 from moefy.compiler.options import WHERE, CompileOptions
 from moefy.config import MoEConfig
 from moefy.errors import AlreadyTransformed, BackendError, NoFFNFound
+from moefy.model.guards import sharded_parameters, wrapped_modules
+from moefy.model.paths import join
 from moefy.passes import base
 from moefy.passes.trace.recorder import Trace
 from moefy.records import PassRecord
@@ -147,32 +148,19 @@ def check_swappable(root: nn.Module) -> None:
 def _obstacles(root: nn.Module) -> Iterator[str]:
     if nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
         yield "it runs under DistributedDataParallel"
-    wrappers = _wrapper_classes()
+    for fqn, module in wrapped_modules(root):
+        yield f"{fqn or 'it'} is wrapped in {type(module).__name__}"
+    for fqn in sharded_parameters(root):
+        yield f"{fqn} is a DTensor"
     for fqn, module in root.named_modules():
-        if isinstance(module, wrappers):
-            yield f"{fqn or 'it'} is wrapped in {type(module).__name__}"
         if getattr(module, "_is_replica", False):
             yield "it is a replica made by DataParallel"
         for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
-                yield f"{fqn}.{name} is a DTensor"
-            if not isinstance(parameter, nn.Parameter):
-                yield f"{fqn}.{name} is not a Parameter (torch.func.functional_call?)"
+            if parameter is not None and not isinstance(parameter, nn.Parameter):
+                yield f"{join(fqn, name)} is not a Parameter (torch.func.functional_call?)"
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     if functorch.peek_interpreter_stack() is not None:
         yield "it runs inside a torch.func transform"
-
-
-def _wrapper_classes() -> tuple[type, ...]:
-    """The wrappers that hold parameters; those of modules nobody imported cannot occur."""
-    found: list[type] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for name in ("FullyShardedDataParallel", "FSDPModule"):
-        if fsdp is not None and hasattr(fsdp, name):
-            found.append(getattr(fsdp, name))
-    return tuple(found)
 
 
 def _transform_module(
@@ -238,23 +226,26 @@ def _transform_graph(gm: fx.GraphModule, frame: Frame, options: CompileOptions) 
 
 def _rewrite_traced(root: nn.Module, trace: Trace, config: MoEConfig, options: CompileOptions) -> list[Any]:
     """``moefy.transform`` for a trace that is there already; the records of all candidates."""
-    from moefy.capture.capture import Part, match_parts
-    from moefy.verbs import rewrite_survey
+    from moefy.capture import Part, capture_traced
+    from moefy.reports.build import attach_report, attached_report
+    from moefy.rewrite import make_plan
+    from moefy.verbs import rewrite
 
-    found = match_parts(root, [Part(root, ExampleInputs((), {}, "the inputs of the call"), trace)])
-    if not any(m.record.accepted for m in found.matches):
-        return [m.record for m in found.matches]
+    inputs = ExampleInputs((), {}, "the inputs of the call")
+    captured = capture_traced(root, [Part(root, inputs, trace)])
+    if not any(match.record.accepted for match in captured.matches):
+        return [match.record for match in captured.matches]
     check_swappable(root)
-    earlier = root.__dict__.get("_moefy_report")
-    try:
-        report = rewrite_survey(root, found, config, options.include, options.exclude, check=False)
-    except NoFFNFound as error:  # include and exclude left nothing
-        return error.candidates
+    plan = make_plan(captured.matches, config, options.include, options.exclude)
+    if not plan.accepted:  # include and exclude left nothing
+        return [match.record for match in plan.matches]
+    earlier = attached_report(root)
+    report = rewrite(root, captured, plan, check=False)
     if earlier is not None:  # an earlier part of the same frame
         layers = (*earlier.layers, *report.layers)
         report = dataclasses.replace(report, layers=layers, params_dense=earlier.params_dense)
-        root.__dict__["_moefy_report"] = report
-    return [m.record for m in found.matches]
+        attach_report(root, report)
+    return [match.record for match in captured.matches]
 
 
 def _record(root: nn.Module, matched: int, note: str, nodes: int, start: float) -> None:

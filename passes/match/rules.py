@@ -84,6 +84,10 @@ class Match:
         """The first call site."""
         return self.regions[0]
 
+    def refused(self, code: str, reason: str) -> Match:
+        """This match with a refusal."""
+        return dataclasses.replace(self, record=dataclasses.replace(self.record, code=code, reason=reason))
+
 
 def match_ffns(trace: Trace) -> list[Match]:
     """Every candidate of the trace, in execution order of its first call."""

@@ -174,12 +174,12 @@ def test_copies_and_pickles_run() -> None:
 
 
 def test_a_failed_check_restores_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefy import verbs as upcycle
     from moefy.model.compare import Comparison
+    from moefy.rewrite import verify
 
     dense, gm, x, _ = make("linear", "symbolic_trace")
     code, keys = gm.code, list(gm.state_dict())
-    monkeypatch.setattr(upcycle, "compare", lambda *a: Comparison(1.0, 1e-5, "float32", "output 0"))
+    monkeypatch.setattr(verify, "compare", lambda *a: Comparison(1.0, 1e-5, "float32", "output 0"))
     with pytest.raises(moefy.errors.CheckFailed):
         moefy.transform(gm, E, example_args=(x,))
     assert gm.code == code and list(gm.state_dict()) == keys
