@@ -25,6 +25,7 @@ from moefy.errors import NoFFNFound, UnknownOption
 from moefy.model.compare import Comparison
 from moefy.model.guards import bare_module, refuse_sharded
 from moefy.model.paths import count_parameters
+from moefy.model.shells import is_transformed, refuse_transformed
 from moefy.nn.losses.delivery import deliver_aux_loss, withdraw
 from moefy.nn.routers import check_router
 from moefy.records import FFNMatch, PassRecord, Selection
@@ -35,10 +36,8 @@ from moefy.rewrite import (
     Plan,
     build_edits,
     installed,
-    is_transformed,
     make_plan,
     pass_records,
-    refuse_transformed,
     restore_dense,
     verify_outputs,
 )

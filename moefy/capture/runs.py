@@ -33,16 +33,14 @@ LARGE = 100_000_000  # parameters; above this a forward costs more than tracing 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A module that was run by itself, normally the whole model, with its inputs and its trace."""
+    """A module that was run by itself, normally the whole model, with its inputs and its trace.
+
+    ``trace.outputs`` is what the dense forward returned; ``None`` after a run on fake tensors.
+    """
 
     module: nn.Module
     inputs: ExampleInputs
     trace: Trace
-
-    @property
-    def outputs(self) -> Any:
-        """What the dense forward returned; ``None`` after a run on fake tensors."""
-        return self.trace.outputs
 
 
 class Runs:

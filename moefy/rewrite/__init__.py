@@ -13,7 +13,6 @@ The stages in order; nothing of the model changes before ``installed``:
 from moefy.rewrite.build import build_edits, pass_records
 from moefy.rewrite.edit import Edit, installed
 from moefy.rewrite.plan import Plan, make_plan
-from moefy.rewrite.shells import is_transformed, refuse_transformed
 from moefy.rewrite.undo import restore_dense
 from moefy.rewrite.verify import verify_outputs
 
@@ -22,10 +21,8 @@ __all__ = [
     "Plan",
     "build_edits",
     "installed",
-    "is_transformed",
     "make_plan",
     "pass_records",
-    "refuse_transformed",
     "restore_dense",
     "verify_outputs",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from moefy.config import MoEConfig
 from moefy.model.paths import drop_module, join, put_module, put_parameter, split
+from moefy.model.shells import attach_shell
 from moefy.nn import ExpertLinear, Router
 from moefy.nn.routers import configured_router
 from moefy.passes.match import Match
@@ -22,7 +23,7 @@ from moefy.records import PassRecord
 from moefy.rewrite.index import dense_weights, refuse_router_clash
 from moefy.rewrite.methods import Method, Stacked
 from moefy.rewrite.mirror import expert_linear
-from moefy.rewrite.shells import GraphShell, attach_shell, emptied, put_graph
+from moefy.rewrite.shells import GraphShell, emptied, put_graph
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
 """Shells: the dense modules of a rewritten model without their weights, for ``undo``.
 
-Contract: a shell lives in the ``__dict__`` of a module that the rewrite put in, the holder. So it is no child, has no
-parameter and no ``state_dict`` entry, and is copied and pickled along. ``origins`` tell of each stacked parameter, by
-its path below the holder (below the graph module, for a rewritten graph), where it came from.
+A shell hangs on its holder, the module that took the dense one's place (``moefy.model.shells``). ``origins`` say of
+each stacked parameter where it came from, by its path below the holder, or below the graph module of a rewritten graph.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moefy.errors import AlreadyTransformed
 from moefy.model.paths import drop_module, put_module, put_parameter, split
+from moefy.model.shells import find_shells
 from moefy.rewrite.methods import Origin
-
-_KEY = "_moefy_shell"
 
 
 @dataclasses.dataclass(eq=False)
@@ -103,27 +100,6 @@ class GraphShell:
 
 
 Shell = ModuleShell | GraphShell
-
-
-def attach_shell(holder: nn.Module, shell: Shell) -> None:
-    """Hang ``shell`` on ``holder``."""
-    holder.__dict__[_KEY] = shell
-
-
-def find_shells(model: nn.Module) -> list[tuple[str, nn.Module, Shell]]:
-    """FQN, holder and shell of everything in ``model`` that was rewritten."""
-    return [(fqn, m, m.__dict__[_KEY]) for fqn, m in model.named_modules() if _KEY in m.__dict__]
-
-
-def is_transformed(model: nn.Module) -> bool:
-    """Whether anything in ``model`` was rewritten. ``undo`` of a part may have left nothing."""
-    return any(_KEY in module.__dict__ for module in model.modules())
-
-
-def refuse_transformed(model: nn.Module) -> None:
-    """Raise ``AlreadyTransformed`` for a model of which anything was rewritten before."""
-    for fqn, _, _ in find_shells(model):
-        raise AlreadyTransformed(fqn)
 
 
 def emptied(parameter: nn.Parameter) -> nn.Parameter:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moefy.model.paths import below, put_module, put_parameter, relative
+from moefy.model.shells import attach_shell
 from moefy.rewrite.methods import Stacked
-from moefy.rewrite.shells import ModuleShell, attach_shell, emptied
+from moefy.rewrite.shells import ModuleShell, emptied
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,8 +12,9 @@ from torch import nn
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError, ExpertsDiverged, NotTransformed
 from moefy.model.paths import join
+from moefy.model.shells import find_shells
 from moefy.rewrite.methods import METHODS, Origin
-from moefy.rewrite.shells import GraphShell, Shell, find_shells
+from moefy.rewrite.shells import GraphShell, Shell
 
 
 def restore_dense(root: nn.Module, expert: int | None = None) -> None:

@@ -38,7 +38,7 @@ def verify_outputs(parts: Iterable[Part], matches: Sequence[Match]) -> Compariso
         CheckFailed: an output differs by more than rounding.
     """
     dtype = _narrowest(matches)
-    found = [_compare(part, dtype) for part in parts if part.outputs is not None]
+    found = [_compare(part, dtype) for part in parts if part.trace.outputs is not None]
     return max(found, key=lambda verdict: verdict.error, default=None)
 
 
@@ -46,7 +46,7 @@ def _compare(part: Part, dtype: torch.dtype) -> Comparison:
     routers = [m for m in part.module.modules() if isinstance(m, Router)]
     aside = [r for r in routers if r.departure() is not None or not r.self_contained]
     with quiet(part.module), even_routing(aside):
-        verdict = compare(part.outputs, part.module(*part.inputs.args, **part.inputs.kwargs), dtype)
+        verdict = compare(part.trace.outputs, part.module(*part.inputs.args, **part.inputs.kwargs), dtype)
     if not verdict.passed:
         raise CheckFailed(verdict.error, verdict.tolerance, verdict.dtype, verdict.where)
     return verdict
