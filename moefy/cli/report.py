@@ -23,7 +23,7 @@ from moefy.capture import accepted_inputs
 from moefy.capture.inputs.tensors import ExampleInputs
 from moefy.cli.targets import Target, load_target
 from moefy.errors import UsageError
-from moefy.passes.base import PipelineRun, clear_history, history
+from moefy.passes.pipeline import PipelineRun, clear_history, history
 from moefy.records import PassRecord
 from moefy.reports.rewrite import RewriteReport
 
