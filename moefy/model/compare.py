@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from moefy.nn import Choice, Router, Routing, functional
+from moefy.nn import Choice, Router, Routing
+from moefy.nn.route import make_routing
+from moefy.nn.routing.layout import TokenLayout
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative norms within which rounding stays (DESIGN: fp64 1e-12, fp32 1e-5, half precision 2e-2)."""
@@ -67,14 +69,14 @@ def even_routing(routers: Iterable[Router]) -> Iterator[None]:
 
 
 def _even(router: Router, x: Tensor, feature_dim: int = -1, **overrides: Any) -> Routing:
-    tokens = functional.count(functional.leading_shape(x, feature_dim))
-    first_T1 = torch.arange(tokens, device=x.device).unsqueeze(1)
+    layout = TokenLayout.of(x, feature_dim)
+    first_T1 = torch.arange(layout.num_tokens, device=x.device).unsqueeze(1)
     index_TK = (first_T1 + torch.arange(router.top_k, device=x.device)) % router.num_experts
     dtype = torch.promote_types(x.dtype, torch.float32)
     weights_TK = torch.full_like(index_TK, 1 / router.top_k, dtype=dtype)
-    logits_TE = torch.zeros((tokens, router.num_experts), dtype=dtype, device=x.device)
+    logits_TE = torch.zeros((layout.num_tokens, router.num_experts), dtype=dtype, device=x.device)
     choice = Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
-    return functional.make_routing(x, choice, router.num_experts, feature_dim)
+    return make_routing(choice, router.num_experts, layout)
 
 
 def relative_norm(got: Tensor, expected: Tensor) -> float:
