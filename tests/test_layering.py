@@ -1,7 +1,7 @@
 """The house's rules, checked by parsing the source: import arrows, file sizes, docstrings, names.
 
 The arrows run one way: triton_ops < ops < nn, distributed < passes < faces < hf, compat. ``passes``
-get modules by argument, so of ``nn`` they import only ``nn.functional``; ``hf`` and ``compat`` are
+get modules by argument, so of ``nn`` they import only ``nn.dispatch``; ``hf`` and ``compat`` are
 edges, imported inside functions only; ``errors``, ``config`` and ``records`` are plain data that
 everybody may import. So ``from moefy.nn.moe import MoE`` in ``passes/trace/recorder.py`` fails here:
 
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "compat": frozenset({"ops", "nn", "distributed", "passes", "faces"}),
 }
 # The MoE core: functions over ops, without modules, which a rewritten graph calls by name.
-FUNCTIONS_FOR_PASSES = "moefy.nn.functional"
+FUNCTIONS_FOR_PASSES = "moefy.nn.dispatch"
 EDGES = frozenset({"hf", "compat"})
 # The kernels' room is usable without moefy, so it may not even import plain data.
 TRITON_OPS_THIRD_PARTY = frozenset({"torch", "triton"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moefy.errors import UnknownOption
+from moefy.errors import ConfigError, UnknownOption
 
 
 def from_fields(cls: Any, data: dict[str, Any]) -> Any:
@@ -29,3 +29,14 @@ def is_finite(value: Any) -> bool:
 def is_int(value: Any, least: int) -> bool:
     """Whether it is an int of at least ``least``."""
     return not isinstance(value, bool) and isinstance(value, int) and value >= least
+
+
+def positive_int(name: str, value: Any) -> int:
+    """``value``, an int of at least 1.
+
+    Raises:
+        ConfigError: for any other value of the option ``name``.
+    """
+    if not is_int(value, 1):
+        raise ConfigError(name, got=value, expected="an int >= 1")
+    return value

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moefy.errors import ConfigError
-from moefy.nn import functional
+from moefy.nn.dispatch import add_residual, stranded_tokens
 from moefy.nn.experts.body import Body
 from moefy.nn.experts.linear import ExpertLinear
 from moefy.nn.experts.stacked import WeightRef, run_stacked
@@ -69,9 +69,9 @@ class InPlaceMoE(MoE):
         """``[..., D] -> [..., D]``; a pair ``(y, None)`` in the place of a module that returned one."""
         x = self._bind(args, kwargs)
         routing = self.router(x, self.feature_dim)
-        y = run_stacked(self, x, routing)
+        y = run_stacked(self, x, routing, self.dispatcher)
         y = y if self.tail is None else self.tail(self, y)
-        y = functional.add_residual(y, routing)
+        y = add_residual(y, stranded_tokens(x, routing), routing.layout)
         return (y, None) if self.returns == "tuple" else y
 
     def reset_parameters(self) -> None:

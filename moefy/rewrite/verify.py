@@ -20,7 +20,9 @@ from moefy.capture import Part
 from moefy.errors import CheckFailed
 from moefy.model.compare import Comparison, compare
 from moefy.model.run_quietly import quiet
-from moefy.nn import Choice, Router, Routing, functional
+from moefy.nn import Choice, Router, Routing
+from moefy.nn.route import make_routing
+from moefy.nn.routing.layout import TokenLayout
 from moefy.passes.match import Match
 
 
@@ -72,11 +74,11 @@ def even_routing(routers: Iterable[Router]) -> Iterator[None]:
 
 
 def _even(router: Router, x: Tensor, feature_dim: int = -1, **overrides: Any) -> Routing:
-    tokens = functional.count(functional.leading_shape(x, feature_dim))
-    first_T1 = torch.arange(tokens, device=x.device).unsqueeze(1)
+    layout = TokenLayout.of(x, feature_dim)
+    first_T1 = torch.arange(layout.num_tokens, device=x.device).unsqueeze(1)
     index_TK = (first_T1 + torch.arange(router.top_k, device=x.device)) % router.num_experts
     dtype = torch.promote_types(x.dtype, torch.float32)
     weights_TK = torch.full_like(index_TK, 1 / router.top_k, dtype=dtype)
-    logits_TE = torch.zeros((tokens, router.num_experts), dtype=dtype, device=x.device)
+    logits_TE = torch.zeros((layout.num_tokens, router.num_experts), dtype=dtype, device=x.device)
     choice = Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
-    return functional.make_routing(x, choice, router.num_experts, feature_dim)
+    return make_routing(choice, router.num_experts, layout)

@@ -1,7 +1,7 @@
 """The pass that writes MoE into a caller's graph: entry, body and exit nodes become routed ones.
 
     linear(x, w1) -> gelu -> linear(., w2)
-    router -> routing = route_by(router, x) -> routed_entry(x, W1, ., routing) -> gelu -> routed_exit(., W2, ., routing)
+    exchange = route_by(router, x) -> expert_entry(x, W1, ., exchange) -> gelu -> expert_exit(., W2, ., exchange)
 
 The router is a ``get_attr`` node of its module, so that any router does. The weights are ``get_attr`` nodes under their
 dense FQNs, which by then hold stacked experts. Preserves numerics to rounding when the experts are copies and the
@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from moefy.nn import functional
+from moefy.nn import dispatch
 from moefy.passes.match import Match
 from moefy.passes.match.body_graph import body_graph
 from moefy.passes.match.regions import Region
@@ -71,9 +71,9 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
     last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
     with graph.inserting_before(last):
         router = graph.get_attr(match.router)
-        routing = _leaf(graph, functional.route_by, (router, x), {"feature_dim": axis})
+        exchange = _leaf(graph, dispatch.route_by, (router, x), {"feature_dim": axis})
         rows = [
-            _leaf(graph, functional.routed_entry, (x, *_weights(graph, entry.weight, entry.bias), routing))
+            _leaf(graph, dispatch.expert_entry, (x, *_weights(graph, entry.weight, entry.bias), exchange))
             for entry in region.entries
         ]
         body = body_graph(match.trace, region, "")
@@ -82,7 +82,7 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
         )
         hidden = graph.graph_copy(body, inner)
         linear = _weights(graph, region.exit.weight, region.exit.bias)
-        out = _leaf(graph, functional.routed_exit, (hidden, *linear, routing))
+        out = _leaf(graph, dispatch.expert_exit, (hidden, *linear, exchange))
     last.replace_all_uses_with(out)
     return last
 

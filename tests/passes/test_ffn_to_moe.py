@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import moefy
-from moefy.nn import functional
+from moefy.nn import dispatch
 
 D, H, E, K = 8, 12, 4, 2
 
@@ -118,8 +118,8 @@ def test_exact_rewritten_and_undone(name: str, kind: str) -> None:
     report = moefy.report(gm)
     assert [record.matched for record in report.passes] == [count]
     sites = count * (2 if name == "shared" else 1)
-    assert targets(gm)[functional.route_by] == sites
-    assert targets(gm)[functional.routed_exit] == sites
+    assert targets(gm)[dispatch.route_by] == sites
+    assert targets(gm)[dispatch.expert_exit] == sites
     gm.graph.lint()
     expected = dense(x)
     got = gm(x)

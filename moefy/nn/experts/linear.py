@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moefy.errors import ConfigError
+from moefy.config.fields import positive_int
 
 
 class ExpertLinear(nn.Module):
@@ -47,11 +47,9 @@ class ExpertLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"in_features": in_features, "out_features": out_features, "num_experts": num_experts}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ConfigError(name, got=size, expected="an int >= 1")
-        self.in_features, self.out_features, self.num_experts = in_features, out_features, num_experts
+        self.in_features = positive_int("in_features", in_features)
+        self.out_features = positive_int("out_features", out_features)
+        self.num_experts = positive_int("num_experts", num_experts)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **like))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features, **like)) if bias else None

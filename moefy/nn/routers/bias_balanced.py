@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn import load, losses
-from moefy.nn.routers.base import Call
+from moefy.nn.routers.base import Call, register_router
 from moefy.nn.routers.group_limited import GroupLimitedRouter
 from moefy.nn.routing.routing import Choice
 
@@ -36,13 +36,11 @@ def bias_step(counts_E: Tensor, rate: float) -> Tensor:
     return rate * torch.sign(counts_E.sum() - counts_E.shape[0] * counts_E).float()
 
 
+@register_router("bias_balanced")
 class BiasBalancedRouter(GroupLimitedRouter):
     """Selection by score + bias, weights by score.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         rate: how far the bias moves at each step; 0.001 in DeepSeek-V3.
         auto_update: whether optimizers update it; else ``update_bias`` is yours to call.
         options: of ``GroupLimitedRouter``: ``n_groups``, ``score``, ``renormalize``, ``scale``, ...
@@ -59,6 +57,8 @@ class BiasBalancedRouter(GroupLimitedRouter):
         ConfigError: for values outside their domain.
     """
 
+    formula: ClassVar[str] = "c = top K of score + b;  b += rate * sign(mean n - n)"
+    source: ClassVar[str] = "Wang et al. 2024, DeepSeek-V3"
     expert_bias: Tensor
 
     def __init__(

@@ -11,23 +11,22 @@ T tokens, D width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moefy.errors import ConfigError, ShapeError
-from moefy.nn import functional
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
+from moefy.nn.routing.layout import TokenLayout, as_tokens
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("custom")
 class CustomRouter(Router):
     """A router around somebody's module.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K, for a module that gives logits.
         module: called with the tokens, features last; returns ``[..., E]`` logits or a ``Choice``.
         sums_to_one: whether the weights of its choices sum to 1; ``None`` asks the module's own attribute of that
@@ -38,6 +37,9 @@ class CustomRouter(Router):
         ConfigError: when ``module`` is not callable.
         ShapeError: from ``forward``, for logits or a choice of another shape.
     """
+
+    formula: ClassVar[str] = "any module: logits as top_k, a Choice as it is"
+    source: ClassVar[str] = "yours"
 
     def __init__(
         self,
@@ -85,15 +87,15 @@ class CustomRouter(Router):
 
     def decide(self, x: Tensor, call: Call) -> Choice:
         """What the module says."""
-        axis = functional.feature_axis(x.dim(), call.feature_dim)
-        answer = self.module(x if axis == x.dim() - 1 else x.movedim(axis, -1))
-        tokens = functional.count(functional.leading_shape(x, call.feature_dim))
+        layout = TokenLayout.of(x, call.feature_dim)
+        answer = self.module(x if layout.feature_dim == -1 else x.movedim(layout.feature_dim, -1))
+        tokens = layout.num_tokens
         if isinstance(answer, Choice):
             if answer.index.shape != answer.weights.shape or answer.index.shape[0] != tokens:
                 got = (tuple(answer.index.shape), tuple(answer.weights.shape))
                 raise ShapeError(f"{self._name()}: index and weights of shapes {got}; expected [{tokens}, K]")
             return answer
-        logits_TE = functional.as_tokens(answer)
+        logits_TE = as_tokens(answer)
         if logits_TE.shape != (tokens, self.num_experts):
             raise ShapeError(
                 f"{self._name()}: logits {tuple(answer.shape)} for tokens {tuple(x.shape)}; expected "

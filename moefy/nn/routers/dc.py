@@ -11,14 +11,14 @@ order; here it is the order of tokens and choices.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from moefy.config import Capacity
-from moefy.config.fields import is_finite, is_int
+from moefy.config.fields import is_finite, positive_int
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.gshard import GShardRouter, random_second
 from moefy.nn.routing.capacity import queue_ranks, rule_capacity
 from moefy.nn.routing.routing import Choice
@@ -36,13 +36,11 @@ def limit_slots(choice: Choice, seats: int, num_experts: int) -> Choice:
     )
 
 
+@register_router("dc")
 class DCRouter(GShardRouter):
     """FastMoE's DCGate. K is 2.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: 2.
         rates: seats of an expert per token of one worker, in training and in evaluation.
         num_workers: W, over whose tokens T counts.
         options: of ``GShardRouter``.
@@ -50,6 +48,9 @@ class DCRouter(GShardRouter):
     Raises:
         ConfigError: for rates that are not positive, or no worker.
     """
+
+    formula: ClassVar[str] = "gshard, an expert taking ceil(rate * T / W) slots"
+    source: ClassVar[str] = "FastMoE"
 
     def __init__(
         self,
@@ -65,9 +66,7 @@ class DCRouter(GShardRouter):
         pair = isinstance(rates, tuple | list) and len(rates) == 2
         if not (pair and all(is_finite(rate) and rate > 0 for rate in rates)):
             raise ConfigError("rates", got=rates, expected="two numbers > 0, for training and evaluation")
-        if not is_int(num_workers, 1):
-            raise ConfigError("num_workers", got=num_workers, expected="an int >= 1")
-        self.rates, self.num_workers = tuple(rates), num_workers
+        self.rates, self.num_workers = tuple(rates), positive_int("num_workers", num_workers)
 
     @property
     def sums_to_one(self) -> bool:

@@ -13,14 +13,14 @@ the lower token.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routing.routing import Choice
 
 
@@ -42,12 +42,11 @@ def taken_tokens(scores_TE: Tensor, seats: int | Tensor, mask_T: Tensor | None =
     return taken_TE if mask_T is None else taken_TE & mask_T.unsqueeze(1)
 
 
+@register_router("expert_choice")
 class ExpertChoiceRouter(Router):
     """Expert choice. Not causal.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: experts per token on average, unless ``factor`` says otherwise.
         factor: experts per token on average, the paper's capacity factor; ``None`` is ``top_k``.
         options: of ``Router``.
@@ -55,6 +54,9 @@ class ExpertChoiceRouter(Router):
     Raises:
         ConfigError: for a factor outside ``(0, E]``.
     """
+
+    formula: ClassVar[str] = "each expert takes its C best tokens; not causal"
+    source: ClassVar[str] = "Zhou et al. 2022"
 
     def __init__(
         self, d_model: int, num_experts: int, top_k: int, *, factor: float | None = None, **options: Any

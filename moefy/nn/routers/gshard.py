@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moefy.nn.routers.base import Router
+from moefy.nn.routers.base import Router, register_router
 from moefy.nn.routing.routing import Choice
 
 
@@ -29,17 +29,17 @@ def random_second(choice: Choice, num_experts: int) -> Choice:
     )
 
 
+@register_router("gshard")
 class GShardRouter(Router):
     """GShard's router. K is 2. Its capacity is a matter of ``Capacity``.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: 2.
         random_routing: whether the second expert is dropped at random in training.
         options: of ``Router``.
     """
 
+    formula: ClassVar[str] = "K = 2; the second dropped if 2 w2 < U[0, 1]"
+    source: ClassVar[str] = "Lepikhin et al. 2020"
     only_top_k: ClassVar[int | None] = 2
 
     def __init__(

@@ -22,9 +22,8 @@ from torch import nn
 
 from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
 from moefy.errors import ConfigError, UnknownOption, suggest
-from moefy.nn.routers.base import Router
+from moefy.nn.routers.base import ROUTERS, Router
 from moefy.nn.routers.custom import CustomRouter
-from moefy.nn.routers.table import ROUTERS
 from moefy.nn.seeding import seeded
 
 RouterLike: TypeAlias = str | RouterSpec | nn.Module | Callable[..., nn.Module]

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from moefy.config import RouterSpec
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
+from moefy.nn.routers.make import make_router
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("multi")
 class MultiRouter(Router):
     """Several routers; ``router_index`` says which decides.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K of the routers whose spec has no ``top_k`` of its own.
         routers: at least one, each what ``router=`` takes; a spec may have ``top_k`` among its options.
         router_index: which decides when a call does not say.
@@ -36,6 +36,9 @@ class MultiRouter(Router):
     Raises:
         ConfigError: for no router, or an index that does not exist.
     """
+
+    formula: ClassVar[str] = "one of several routers, by router_index"
+    source: ClassVar[str] = "Tutel"
 
     def __init__(
         self,
@@ -58,8 +61,6 @@ class MultiRouter(Router):
         self.router_index = router_index
 
     def _make(self, router: Any, fqn: str, options: dict[str, Any]) -> Router:
-        from moefy.nn.routers import make_router  # this class is in its table
-
         top_k = self.top_k
         if isinstance(router, RouterSpec) and "top_k" in router.options:
             own = router.options

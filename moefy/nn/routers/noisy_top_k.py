@@ -10,7 +10,7 @@ weight. In evaluation there is no noise and no loss: the load is defined by the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,16 @@ from torch import Tensor, nn
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn import functional, losses
-from moefy.nn.routers.base import Call, Router
+from moefy.nn import losses
+from moefy.nn.routers.base import Call, Router, register_router, router_logits
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("noisy_top_k")
 class NoisyTopKRouter(Router):
     """Shazeer's router, FastMoE's NoisyGate.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         noise_epsilon: the least standard deviation of the noise; 0.01 in the authors' code and in FastMoE.
         options: of ``Router``.
 
@@ -39,6 +37,9 @@ class NoisyTopKRouter(Router):
     Raises:
         ConfigError: for an epsilon that is not positive, which the load divides by.
     """
+
+    formula: ClassVar[str] = "l + N * (softplus(x W_n) + eps);  w = softmax(l[c])"
+    source: ClassVar[str] = "Shazeer et al. 2017"
 
     def __init__(
         self, d_model: int, num_experts: int, top_k: int, *, noise_epsilon: float = 1e-2, **options: Any
@@ -60,7 +61,7 @@ class NoisyTopKRouter(Router):
 
     def noise_std(self, x: Tensor, feature_dim: int = -1) -> Tensor:
         """``[T, E]``: the standard deviation of each logit's noise."""
-        return F.softplus(functional.router_logits(x, self.noise_weight, feature_dim)) + self.noise_epsilon
+        return F.softplus(router_logits(x, self.noise_weight, feature_dim)) + self.noise_epsilon
 
     def decide(self, x: Tensor, call: Call) -> Choice:
         """The K best noisy logits."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy.errors import ConfigError, RoutingError, ShapeError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.scored import ScoreTopK, all_scores, renormalized
 from moefy.nn.routing.routing import Choice, Routing
 
@@ -102,12 +102,11 @@ def play(model: nn.Module, start: int = 0) -> Iterator[None]:
         handle.remove()
 
 
+@register_router("replay")
 class ReplayRouter(ScoreTopK):
     """A router that repeats a trace.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K, which must be the trace's.
         trace: the path of a saved ``Trace``, which has this router's ``fqn``; ``None``: call ``set_trace`` later.
         options: of ``ScoreTopK``, for the weights.
@@ -121,6 +120,8 @@ class ReplayRouter(ScoreTopK):
         ShapeError: from ``forward``, for another number of tokens or K.
     """
 
+    formula: ClassVar[str] = "c from a recorded trace;  w = softmax(l[c])"
+    source: ClassVar[str] = "SmartMoE, Megatron-Core"
     trace: Tensor
     step: Tensor
     own_renormalize: ClassVar[bool] = True

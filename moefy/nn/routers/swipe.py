@@ -16,14 +16,14 @@ training swipes; evaluation is plain top-k. A token may get the same expert twic
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.scored import renormalized, top_k_index
 from moefy.nn.routing.routing import Choice
 
@@ -61,19 +61,20 @@ def worker_quota(tokens: Tensor, num_workers: int, top_k: int) -> Tensor:
     return (tokens // num_workers + (workers_W < tokens % num_workers)) * top_k
 
 
+@register_router("swipe")
 class SwipeRouter(Router):
     """FastMoE's SwipeGate.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         num_workers: W, a divisor of E.
         options: of ``Router``.
 
     Raises:
         ConfigError: for a number of workers that does not divide E.
     """
+
+    formula: ClassVar[str] = "top K, moved until all workers have equally many"
+    source: ClassVar[str] = "FastMoE, BaGuaLu"
 
     def __init__(
         self, d_model: int, num_experts: int, top_k: int, *, num_workers: int = 1, **options: Any

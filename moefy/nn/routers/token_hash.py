@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError, DtypeError, RoutingError, ShapeError
-from moefy.nn import functional
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
+from moefy.nn.routing.layout import TokenLayout, numel
 from moefy.nn.routing.routing import Choice
 from moefy.nn.seeding import seeded_generator
 
@@ -40,17 +40,16 @@ def hash_table(size: int, num_experts: int, seed: int, fqn: str) -> Tensor:
 def positions(leading: tuple[int, ...], device: torch.device) -> Tensor:
     """``[T]`` int64: the place of each token within its row, the first of two or more leading axes being the batch."""
     if len(leading) < 2:
-        return torch.arange(functional.count(leading), device=device)
-    own = functional.count(leading[1:])
+        return torch.arange(numel(leading), device=device)
+    own = numel(leading[1:])
     return torch.arange(own, device=device).expand(leading[0], own).reshape(-1)
 
 
+@register_router("hash")
 class HashRouter(Router):
     """Random hash routing.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K; the paper has 1.
         by: "token" hashes vocabulary ids, "position" the place in the sequence.
         size: V, the vocabulary or the longest sequence; larger ids wrap around.
@@ -66,6 +65,8 @@ class HashRouter(Router):
         DtypeError: from ``forward``, for ids that are no integers.
     """
 
+    formula: ClassVar[str] = "c = table[id or position] + k;  w = 1 / K"
+    source: ClassVar[str] = "Roller et al. 2021"
     table: Tensor
 
     def __init__(
@@ -104,9 +105,9 @@ class HashRouter(Router):
 
     def decide(self, x: Tensor, call: Call) -> Choice:
         """What the table says."""
-        leading = functional.leading_shape(x, call.feature_dim)
-        tokens = functional.count(leading)
-        ids_T = positions(leading, x.device) if self.by == "position" else self._ids(call, tokens)
+        layout = TokenLayout.of(x, call.feature_dim)
+        tokens = layout.num_tokens
+        ids_T = positions(layout.leading, x.device) if self.by == "position" else self._ids(call, tokens)
         first_T = self.table[ids_T.remainder(self.size)]
         slots_K = torch.arange(call.top_k, device=x.device)
         index_TK = (first_T.unsqueeze(1) + slots_K) % self.num_experts

@@ -10,7 +10,7 @@ Contract: with noise, in training, ``Choice.losses["load_importance"]`` holds Tu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,18 +18,16 @@ from torch import Tensor
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn import losses
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.scored import top_k_index
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("tutel_top")
 class TutelTopRouter(Router):
     """Tutel's ``top`` gate.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         gate_noise: the standard deviation of the noise in training, times E; 0 is none.
         normalize_gate: divide the weights by their sum where K > 1.
         mixed_units: take the load loss as Tutel does, from clean probabilities and noisy logits.
@@ -38,6 +36,9 @@ class TutelTopRouter(Router):
     Raises:
         ConfigError: for negative noise.
     """
+
+    formula: ClassVar[str] = "s of l + noise * N / E;  w = s[c] / sum"
+    source: ClassVar[str] = "Tutel"
 
     def __init__(
         self,

@@ -7,37 +7,39 @@ It has no parameters. Its logits are constants, 0 for expert 0 and -inf for the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from moefy.nn import functional
-from moefy.nn.routers.base import Router
+from moefy.nn.routers.base import Router, register_router
+from moefy.nn.routing.layout import TokenLayout
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("zero")
 class ZeroRouter(Router):
     """Everything to expert 0.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K, all of whose slots go to expert 0.
         options: of ``Router``; they initialise nothing here.
     """
 
+    formula: ClassVar[str] = "c = 0 for all K slots;  w = 1 / K"
+    source: ClassVar[str] = "FastMoE"
+
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """None."""
+        """Create no parameters."""
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """Nothing to draw."""
+        """There is nothing to draw."""
 
     def logits(self, x: Tensor, feature_dim: int = -1) -> Tensor:
         """``[T, E]`` constants."""
-        tokens = functional.count(functional.leading_shape(x, feature_dim))
+        tokens = TokenLayout.of(x, feature_dim).num_tokens
         dtype = torch.promote_types(x.dtype, torch.float32)
         ids_E = torch.arange(self.num_experts, device=x.device)
         logits_E = torch.zeros_like(ids_E, dtype=dtype).masked_fill(ids_E > 0, float("-inf"))
