@@ -28,7 +28,7 @@ _PUBLIC = {
     "deliver_aux_loss": "moefy.nn.losses.delivery",
     "loss_scale": "moefy.nn.losses.delivery",
     "checked_mode": "moefy.nn.checked",
-    "load": "moefy.reports.expert_load",
+    "expert_load": "moefy.reports.expert_load",
     "LoadReport": "moefy.reports.expert_load",
     "LoadHistory": "moefy.reports.load_history",
     "FFNMatch": "moefy.records",
@@ -55,8 +55,8 @@ __all__ = [
     "checked_mode",
     "deliver_aux_loss",
     "errors",
+    "expert_load",
     "find",
-    "load",
     "loss_scale",
     "report",
     "transform",
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from moefy.nn.checked import checked_mode
     from moefy.nn.losses.delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.records import FFNMatch, LayerRecord, PassRecord
-    from moefy.reports.expert_load import LoadReport, load
+    from moefy.reports.expert_load import LoadReport, expert_load
     from moefy.reports.load_history import LoadHistory
     from moefy.reports.rewrite import RewriteReport
     from moefy.rewrite.undo import undo
