@@ -4,13 +4,16 @@
     print(moefy.report(model))
     model = torch.compile(model, backend="moefy")
 
-Importing moefy imports neither triton nor transformers; public names load on first use.
+Importing moefy imports neither torch nor triton nor transformers; public names load on first use. The import also makes
+``backend="moefy"`` known where moefy is not installed (``moefy.compiler.entry_point``).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from moefy.compiler import entry_point
 
 __version__ = "0.1.0"
 
@@ -89,3 +92,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+entry_point.offer()
