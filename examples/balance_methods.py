@@ -92,8 +92,8 @@ def run(name: str, dense: nn.Module, seed: int, steps: int) -> tuple[LoadHistory
         losses.append(loss)
         history.step()
         if len(losses) == steps - LAST:
-            moefy.load(model, reset=True)
-    load, loss = moefy.load(model), sum(losses[-LAST:]) / len(losses[-LAST:])
+            moefy.expert_load(model, reset=True)
+    load, loss = moefy.expert_load(model), sum(losses[-LAST:]) / len(losses[-LAST:])
     with torch.no_grad():
         held_out = loss_of(model.eval(), torch.arange(CUT, len(TEXT) - CONTEXT, 8)).item()
     top, cv, dead, drops = (worst(load, m) for m in (MAX, "cv", "dead_experts", "dropped_share"))

@@ -122,7 +122,7 @@ def main() -> None:
     train(moe, after, seed=1)
     print(f"dense, {after:3d} steps more       {accuracy(dense):6.1%}")
     print(f"MoE, {after:3d} steps more         {accuracy(moe):6.1%}")
-    print(moefy.load(moe))
+    print(moefy.expert_load(moe))
     if not quick and not accuracy(moe) > start + 0.05:
         raise SystemExit("the MoE did not learn")
 

@@ -128,7 +128,7 @@ def switch(steps: int) -> None:
             layer.load_state_dict(start)
             options = {"router_index": index, "top_k": top_k, "capacity_factor": factor}
             loss, ms = measure(layer, x, label, steps, **options)
-            (load,) = moefy.load(layer, reset=True).layers
+            (load,) = moefy.expert_load(layer, reset=True).layers
             row = f"{routers[index]:9}  {top_k:5d}  {factor:15g}  {drop:17}"
             print(f"{row}  {loss:7.4f}  {load.dropped_share:7.1%}  {ms:7.1f}")
             if factor == 0 and load.dropped:

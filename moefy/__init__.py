@@ -4,13 +4,16 @@
     print(moefy.report(model))
     model = torch.compile(model, backend="moefy")
 
-Importing moefy imports neither triton nor transformers; public names load on first use.
+Importing moefy imports neither torch nor triton nor transformers; public names load on first use. The import also makes
+``backend="moefy"`` known where moefy is not installed (``moefy.compiler.entry_point``).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from moefy.compiler import entry_point
 
 __version__ = "0.1.0"
 
@@ -28,7 +31,7 @@ _PUBLIC = {
     "deliver_aux_loss": "moefy.nn.losses.delivery",
     "loss_scale": "moefy.nn.losses.delivery",
     "checked_mode": "moefy.nn.checked",
-    "load": "moefy.reports.expert_load",
+    "expert_load": "moefy.reports.expert_load",
     "LoadReport": "moefy.reports.expert_load",
     "LoadHistory": "moefy.reports.load_history",
     "FFNMatch": "moefy.records",
@@ -55,8 +58,8 @@ __all__ = [
     "checked_mode",
     "deliver_aux_loss",
     "errors",
+    "expert_load",
     "find",
-    "load",
     "loss_scale",
     "report",
     "transform",
@@ -70,7 +73,7 @@ if TYPE_CHECKING:
     from moefy.nn.checked import checked_mode
     from moefy.nn.losses.delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.records import FFNMatch, LayerRecord, PassRecord
-    from moefy.reports.expert_load import LoadReport, load
+    from moefy.reports.expert_load import LoadReport, expert_load
     from moefy.reports.load_history import LoadHistory
     from moefy.reports.rewrite import RewriteReport
     from moefy.verbs import find, report, transform, undo
@@ -88,3 +91,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+entry_point.offer()

@@ -1,8 +1,8 @@
 """moefy runs from a bare checkout, an editable install and a wheel; the wheel holds the tree.
 
 Each kind gets a copy of the tracked files and a virtual environment that sees this one's libraries
-(torch, tabulate) through a path file but none of its installs, so that nothing leaks from the
-environment that runs the tests:
+(torch, tabulate) through links, but neither moefy nor its metadata, so that nothing leaks from
+the environment that runs the tests:
 
     bare        python -m moefy env                           in the checkout
     editable    pip install -e . ; python -m moefy env        elsewhere, and in the checkout
@@ -98,13 +98,17 @@ def installed(
 
 
 def python_without_moefy(at: Path) -> Path:
-    """A python in a new environment that sees this one's libraries, but no editable install."""
+    """A python in a new environment that sees this one's libraries, but neither moefy nor its metadata."""
     venv.create(at / "venv", with_pip=False, symlinks=True)
     python = at / "venv" / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=at).strip()
-    # A path file's lines are added as they are: path files inside them (editable installs) are not
-    # followed.
-    Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    libraries = at / "libraries"
+    libraries.mkdir()
+    for library in Path(sysconfig.get_path("purelib")).iterdir():
+        if "moefy" not in library.name:
+            (libraries / library.name).symlink_to(library)
+    # Lines of a path file are added as they are: the path files of the libraries are not followed.
+    Path(site, "libraries.pth").write_text(f"{libraries}\n")
     return python
 
 
@@ -137,6 +141,28 @@ def test_entry_points_are_listed(installed: tuple) -> None:
     )
     assert run(python, "-c", code, cwd=at).split() == ["True", "moefy.compiler.backend"]
     assert "torch" in run(python.parent / "moefy", "env", cwd=at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["moefy", "torch._dynamo"])
+def test_torch_compile_knows_the_backend_by_name(installed: tuple, first: str) -> None:
+    """Also where no metadata names it, whichever of moefy and Dynamo's list of backends comes first."""
+    _, python, at = installed
+    code = f"""
+import sys, importlib.metadata, warnings
+import torch
+warnings.simplefilter("error", UserWarning)
+if {first!r} == "torch._dynamo":
+    torch._dynamo.list_backends()
+import moefy
+assert ("torch._dynamo" in sys.modules) == ({first!r} == "torch._dynamo"), "import moefy brought Dynamo"
+compiled = torch.compile(torch.nn.Linear(2, 2), backend="moefy", options={{"inner": "eager"}})
+compiled(torch.ones(2))
+(entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="moefy")
+print(entry.load().__module__, "moefy" in torch._dynamo.list_backends())
+print([d.metadata["Name"] for d in importlib.metadata.distributions()].count("moefy"))
+"""
+    assert run(python, "-c", code, cwd=at).split() == ["moefy.compiler.backend", "True", "1"]
 
 
 @pytest.mark.slow

@@ -43,4 +43,4 @@ def load_on(target: str, *, forwards: int = FORWARDS, **options: Any) -> LoadRep
     with torch.no_grad():
         for _ in range(forwards):
             model(*inputs.args, **inputs.kwargs)
-    return moefy.load(model)
+    return moefy.expert_load(model)

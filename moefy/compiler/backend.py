@@ -1,8 +1,7 @@
 """The ``torch.compile`` backend "moefy": passes over Dynamo's graph, then Inductor.
 
     >>> model = moefy.transform(model, num_experts=8)
-    >>> model = torch.compile(model, backend="moefy")                  # installed: by entry point
-    >>> model = torch.compile(model, backend=moefy.compiler.backend.backend)    # the same, from a checkout
+    >>> model = torch.compile(model, backend="moefy")
     >>> model = torch.compile(model, backend="moefy", options={"inner": "aot_eager"})
     >>> model = torch.compile(dense, backend="moefy", options={"num_experts": 8})
 

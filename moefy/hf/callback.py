@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from moefy.errors import ConfigError, suggest
-from moefy.reports.expert_load import LayerLoad, load
+from moefy.reports.expert_load import LayerLoad, expert_load
 
 METRICS = tuple(LayerLoad(fqn="", tokens_per_expert=(0,)).metrics())
 
@@ -52,7 +52,7 @@ def log_load(trainer: Any, metrics: Sequence[str] = ("max_over_mean", "entropy",
 
 def load_record(model: nn.Module, metrics: Sequence[str] = METRICS) -> dict[str, float]:
     """The numbers since the last record, by name; counting starts again."""
-    report = load(model, reset=True)
+    report = expert_load(model, reset=True)
     busy = [layer for layer in report.layers if layer.total]
     values = {
         "l_aux": report.l_aux,

@@ -2,7 +2,7 @@
 
 Contract: one in-place add per forward, no sync. Evaluation, padding and recomputation (both checkpoint kinds, compiled
 or not) count nothing. The counters are no buffers: no ``state_dict`` holds them and DistributedDataParallel, which
-broadcasts buffers, leaves each rank its own. ``moefy.load(model)`` reads them.
+broadcasts buffers, leaves each rank its own. ``moefy.expert_load`` reads them.
 
     >>> counter = LoadCounter(num_experts=3)
     >>> counter.count(routing)                 # offsets_E = [2, 2, 5]

@@ -1,4 +1,4 @@
-"""The versions and devices a bug report needs, without importing triton or transformers.
+"""Versions and devices for a bug report, read without importing triton or transformers.
 
 >>> sorted(environment())[:3]
 ['accelerators', 'cpu_threads', 'cuda']
@@ -16,12 +16,14 @@ import torch
 import moefy
 from moefy.reports.text.tables import Column, draw, size, stream_width
 
-SCHEMA_VERSION = 1
 PACKAGES = ("triton", "transformers", "timm", "torchvision", "tabulate", "tqdm", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Versions (``None`` when absent), threads and accelerators, as JSON types; memory in bytes."""
+    """Versions, threads, accelerators and usable kernels, as JSON types.
+
+    A package that is not installed has version ``None``. Memory is in bytes.
+    """
     return {
         "moefy": moefy.__version__,
         "python": platform.python_version(),
@@ -37,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def environment_table(known: dict[str, Any]) -> str:
-    """``environment()`` for people."""
+    """``environment()`` as a table."""
     rows = [[name, str(value)] for name, value in known.items() if isinstance(value, str | int)]
     rows += [[name, version or "-"] for name, version in known["packages"].items()]
     for index, device in enumerate(known["accelerators"]):
@@ -56,6 +58,7 @@ def package_version(name: str) -> str | None:
 
 
 def _accelerators() -> list[dict[str, Any]]:
+    """Name, compute capability, memory and multiprocessors of each GPU that torch sees."""
     if not torch.cuda.is_available():
         return []
     found = []
@@ -73,7 +76,7 @@ def _accelerators() -> list[dict[str, Any]]:
 
 
 def _kernels() -> dict[str, str]:
-    """Which implementation each device runs, in words."""
+    """Whether moefy's kernels run on each kind of device, in words."""
     kernels = {"cpu": "usable"}
     if package_version("triton") is None:
         kernels["triton"] = "not usable: triton is not installed"

@@ -1,9 +1,10 @@
-"""``load``: what the experts of a model got to do, layer by layer. Plain data that draws itself.
+"""``expert_load``: tokens per expert, layer by layer, as plain data that draws itself.
 
-Contract: ``load(model)`` reads the counters of all routers with two copies to the host; between two calls nothing waits
-for the device. ``str(report)`` is a table with a bar per expert, ``report.to_dict()`` is for programs.
+Contract: ``expert_load(model)`` reads the counters of all routers with two copies to the host. Between two calls
+nothing waits for the device. ``str(report)`` is a table with a bar per expert, ``report.to_dict()`` is for programs. A
+slot is one expert choice of one token: T tokens with top-k routing ask for T * K slots.
 
-    >>> print(moefy.load(model, reset=True))                  # doctest: +SKIP
+    >>> print(moefy.expert_load(model, reset=True))           # doctest: +SKIP
     layer         slots  experts     CV  max/mean  (max+1)/(min+1)  entropy  dead  dropped  l_aux
     ─────────────────────────────────────────────────────────────────────────────────────────────
     layers.0.mlp  98.3K  ▅▇▃▅█▁▄▆  0.41      1.62             5.02    0.958     0        -      -
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import nn
 from moefy.errors import NoMoELayer
 from moefy.nn import Router
 from moefy.nn.load import LOSSES
-from moefy.reports.environment import SCHEMA_VERSION
+from moefy.reports.base import SCHEMA_VERSION, Report
 from moefy.reports.text import tables
 
 MAX_BARS = 64
@@ -37,13 +37,14 @@ _ROUTER = "router"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerLoad:
-    """The load of one layer since the counters were last reset. Every number of an idle layer is 0.
+    """The load of one layer since its counters were last reset. Every measure of a layer without tokens is 0.
 
     Attributes:
-        fqn: the layer's name: that of the module that holds the router.
-        tokens_per_expert: slots that each expert computed, K per token unless some were dropped.
+        fqn: name of the module that holds the router.
+        tokens_per_expert: slots that each expert computed. They sum to K per token, less the dropped ones.
         dropped: slots that capacity dropped.
-        losses: means over the forwards: "l_aux", weighted, and its terms without a weight; empty without any.
+        losses: mean per forward of "l_aux" (the weighted sum) and of each term of it before its weight. Empty for a
+            layer without an auxiliary loss.
     """
 
     fqn: str
@@ -53,17 +54,17 @@ class LayerLoad:
 
     @property
     def total(self) -> int:
-        """Slots that were computed."""
+        """Slots that all experts together computed."""
         return sum(self.tokens_per_expert)
 
     @property
     def mean(self) -> float:
-        """Slots per expert."""
+        """Slots per expert if the load were even."""
         return self.total / len(self.tokens_per_expert)
 
     @property
     def cv(self) -> float:
-        """Coefficient of variation: standard deviation (of the population) by mean. 0 is balanced."""
+        """Coefficient of variation: population standard deviation over the mean. 0 is balanced."""
         if not self.total:
             return 0.0
         square = sum((n - self.mean) ** 2 for n in self.tokens_per_expert) / len(self.tokens_per_expert)
@@ -71,17 +72,17 @@ class LayerLoad:
 
     @property
     def max_over_mean(self) -> float:
-        """The busiest expert by the mean; 1 is balanced, E is everything to one expert."""
+        """Load of the busiest expert over the mean. 1 is balanced, E means that one expert gets everything."""
         return max(self.tokens_per_expert) / self.mean if self.total else 0.0
 
     @property
     def max_over_min(self) -> float:
-        """``(max + 1) / (min + 1)``, FastMoE's measure."""
+        """``(max + 1) / (min + 1)``, the measure of FastMoE (``fmoe.balance``). 1 is balanced."""
         return (max(self.tokens_per_expert) + 1) / (min(self.tokens_per_expert) + 1) if self.total else 0.0
 
     @property
     def entropy(self) -> float:
-        """Entropy of the load by that of a balanced one, log E: 1 is balanced, 0 is everything to one expert."""
+        """Entropy of the load over log E. 1 is balanced, 0 means that one expert gets everything."""
         shares = [n / self.total for n in self.tokens_per_expert if n] if self.total else []
         if len(self.tokens_per_expert) == 1:
             return 1.0 if shares else 0.0
@@ -89,17 +90,17 @@ class LayerLoad:
 
     @property
     def dead(self) -> tuple[int, ...]:
-        """The experts that got nothing, if any got something."""
+        """Experts without a slot. Empty while the layer has seen no token."""
         return tuple(e for e, n in enumerate(self.tokens_per_expert) if n == 0) if self.total else ()
 
     @property
     def dropped_share(self) -> float:
-        """Dropped slots by all that were asked for."""
+        """Dropped slots over requested slots."""
         asked = self.total + self.dropped
         return self.dropped / asked if asked else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """The numbers that are worth a curve."""
+        """The measures to plot over training, by name."""
         return {
             "cv": self.cv,
             "max_over_mean": self.max_over_mean,
@@ -110,7 +111,7 @@ class LayerLoad:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, the derived ones included."""
+        """Counts and measures, as JSON types."""
         own = {
             "fqn": self.fqn,
             "tokens_per_expert": list(self.tokens_per_expert),
@@ -121,13 +122,13 @@ class LayerLoad:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadReport:
+class LoadReport(Report):
     """The load of a model's layers, in model order.
 
     Args:
         model_class: class name of the model.
         layers: one record per router.
-        ranks: how many ranks were summed over.
+        ranks: number of ranks whose counts were added up.
     """
 
     model_class: str
@@ -136,11 +137,11 @@ class LoadReport:
 
     @property
     def l_aux(self) -> float:
-        """The auxiliary loss per forward: the sum over the layers of their means."""
+        """The auxiliary loss per forward, summed over the layers."""
         return sum(layer.losses.get("l_aux", 0.0) for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The counts and measures of every layer, as JSON types."""
         return {
             "schema_version": SCHEMA_VERSION,
             "model_class": self.model_class,
@@ -149,12 +150,8 @@ class LoadReport:
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
-    def to_json(self, indent: int | None = 2) -> str:
-        """``to_dict`` as one JSON object."""
-        return json.dumps(self.to_dict(), indent=indent)
-
     def render(self, width: int | None = None) -> str:
-        """The table in ``width`` columns; by default those of the terminal, else 108."""
+        """A table with a line per layer, in ``width`` columns (by default the terminal's)."""
         width = tables.stream_width() if width is None else width
         rows = [_row(layer) for layer in self.layers]
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
@@ -162,22 +159,20 @@ class LoadReport:
         return f"{heading}\n\n{tables.draw(_COLUMNS, rows, width)}"
 
     def plot(self, path: str | Path) -> None:
-        """Draw a heat map, experts by layers, into an image file. Needs the extra ``plot`` (matplotlib)."""
+        """Draw a heat map (layers by experts) into an image file. Needs matplotlib, the extra ``plot``."""
         from moefy.reports.load_plot import plot_layers
 
-        plot_layers(self, path)
-
-    def __str__(self) -> str:
-        return tables.encodable(self.render())
+        plot_layers({layer.fqn: layer.tokens_per_expert for layer in self.layers}, path)
 
 
-def load(model: nn.Module, *, reset: bool = False, group: Any = None) -> LoadReport:
-    """The load of every Mixture-of-Experts layer of ``model`` in its training forwards since the last reset.
+def expert_load(model: nn.Module, *, reset: bool = False, group: Any = None) -> LoadReport:
+    """Count how many tokens each expert of ``model`` got in the training forwards since the last reset.
 
     Args:
-        model: a model that ``transform`` changed, one that holds ``moefy.MoE`` layers, or a wrapper of such a model.
-        reset: start counting again from nothing.
-        group: a process group whose ranks are summed; all of them must call this. By default this rank alone.
+        model: a model that ``transform`` changed, a model with ``moefy.MoE`` layers, or a wrapper of either.
+        reset: set the counters to zero afterwards.
+        group: process group whose ranks are added up. All of its ranks must call this function. By default this rank
+            counts alone.
 
     Raises:
         NoMoELayer: the model has no router.
@@ -202,10 +197,10 @@ def load(model: nn.Module, *, reset: bool = False, group: Any = None) -> LoadRep
 
 
 def outer_routers(model: nn.Module) -> dict[str, Router]:
-    """The routers by name, without those inside another one (several routers over the same experts).
+    """The routers by name. A router inside another one (``router=[...]``) is left out.
 
     Raises:
-        NoMoELayer: there is none.
+        NoMoELayer: the model has no router.
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, Router)}
     outer = {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}
@@ -215,7 +210,7 @@ def outer_routers(model: nn.Module) -> dict[str, Router]:
 
 
 def layer_name(router: str) -> str:
-    """The name of the module that holds the router of that name, without the prefixes of wrappers."""
+    """The name of the module that holds the named router, without prefixes of wrappers (``module.``)."""
     name = router.removesuffix(_ROUTER).rstrip(".")
     while name.startswith(_WRAPPERS):
         name = name.removeprefix(_WRAPPERS[0]).removeprefix(_WRAPPERS[1])
@@ -223,7 +218,7 @@ def layer_name(router: str) -> str:
 
 
 def bars(tokens_per_expert: Sequence[int]) -> str:
-    """A bar per expert, the busiest one full and a dot for none; neighbours share one when there are many."""
+    """One bar per expert: full for the busiest, a dot for none. Beyond 64 experts neighbours share a bar."""
     width = -(-len(tokens_per_expert) // MAX_BARS)
     heights = [sum(tokens_per_expert[i : i + width]) for i in range(0, len(tokens_per_expert), width)]
     top = max(heights)
@@ -231,7 +226,7 @@ def bars(tokens_per_expert: Sequence[int]) -> str:
 
 
 def _read(routers: list[Router], group: Any) -> Iterator[tuple[list[int], list[float]]]:
-    """``([*ends, dropped], losses)`` of each router on the host."""
+    """``([*ends, dropped], losses)`` of each router, on the host: ``ends[e]`` counts the slots of experts 0 to e."""
     counters = [router.load_counter for router in routers]
     home = counters[0].ends.device
     counts = torch.cat([t.to(home) for c in counters for t in (c.ends, c.dropped.reshape(1))])
@@ -244,7 +239,7 @@ def _read(routers: list[Router], group: Any) -> Iterator[tuple[list[int], list[f
 
 
 def _losses(sums: Sequence[float], router: Router) -> dict[str, float]:
-    """The means of the terms that the router has."""
+    """Mean per forward of the loss terms that have a weight."""
     aux, forwards = router.aux_loss, sums[-1]
     if aux is None or not forwards:
         return {}
@@ -262,6 +257,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _worst(layers: Sequence[LayerLoad]) -> str:
+    """The most uneven layer and the number of dead experts, in words."""
     busy = [layer for layer in layers if layer.total]
     if not busy:
         return "no training forward was counted"
@@ -285,7 +281,7 @@ _COLUMNS = (
 
 
 def _row(layer: LayerLoad) -> list[str]:
-    """The cells of one layer; "-" where there is nothing to say."""
+    """The table's cells for one layer. "-" stands for a number that the layer does not have."""
     name = layer.fqn or "(root)"
     if not layer.total:
         return [name, "0", "-", "-", "-", "-", "-", "-", "-", "-"]

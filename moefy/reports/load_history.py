@@ -1,7 +1,8 @@
-"""``LoadHistory``: the load of a model's experts over training, recorded without a sync and drawn as a heat map.
+"""``LoadHistory``: the load of a model's experts over training, recorded without waiting for the device.
 
-Contract: call ``step()`` once per training step. Every ``every`` steps it keeps a copy of the counters on their device;
-only ``shares`` and ``plot`` bring them to the host. It resets nothing, so ``moefy.load`` goes on as before.
+Contract: the training loop calls ``step()`` once per step. Every ``every`` steps the history copies the counters on
+their device; only ``shares`` and ``plot`` bring the copies to the host. The history resets no counter, so
+``moefy.expert_load`` is independent of it.
 
     >>> history = moefy.LoadHistory(model, every=10)          # doctest: +SKIP
     >>> for batch in loader:
@@ -24,15 +25,15 @@ class LoadHistory:
     """Records the load of every layer.
 
     Args:
-        model: as for ``moefy.load``.
-        every: how many steps make one column of the plot.
+        model: as for ``moefy.expert_load``.
+        every: steps per recorded interval. An interval is one column of the plot.
 
     Attributes:
-        steps: the step at the end of each recorded interval.
+        steps: 0, then the step at the end of each recorded interval.
 
     Raises:
         NoMoELayer: the model has no router.
-        ConfigError: for an ``every`` below 1.
+        ConfigError: ``every`` is no int or is below 1.
     """
 
     def __init__(self, model: nn.Module, *, every: int = 1) -> None:
@@ -44,7 +45,7 @@ class LoadHistory:
         self._snapshots = {name: [self._now(name)] for name in self._routers}
 
     def step(self) -> None:
-        """A training step is over."""
+        """Note the end of a training step."""
         self._taken += 1
         if self._taken % self.every == 0:
             self.steps.append(self._taken)
@@ -55,18 +56,22 @@ class LoadHistory:
         return self._routers[name].load_counter.tokens_per_expert().clone()
 
     def shares(self) -> dict[str, Tensor]:
-        """``[intervals, E]`` fp64 on the CPU by layer: each expert's share of the interval's slots, 0 without any."""
+        """Each expert's share of an interval's slots: ``[intervals, E]`` by layer, fp64, on the CPU.
+
+        An interval without tokens is a row of zeros.
+        """
         return {name: _shares(torch.stack(taken).cpu()) for name, taken in self._snapshots.items()}
 
     def plot(self, path: str | Path) -> None:
-        """Draw a heat map, experts by layer over training, into an image file. Needs matplotlib (extra ``plot``)."""
+        """Draw a heat map (experts by layer over training) into an image file. Needs matplotlib, the extra ``plot``."""
         from moefy.reports.load_plot import plot_history
 
         plot_history(self.shares(), self.steps, path)
 
 
 def _shares(totals_SE: Tensor) -> Tensor:
+    """Running totals ``[S, E]`` at S steps to the shares ``[S - 1, E]`` of the intervals between them."""
     slots_IE = torch.diff(totals_SE, dim=0)
-    # Counters that were reset in between start again from nothing.
+    # A negative difference means that the counters were reset in between: the new total is what came since.
     slots_IE = torch.where((slots_IE < 0).any(1, keepdim=True), totals_SE[1:], slots_IE).double()
     return slots_IE / slots_IE.sum(1, keepdim=True).clamp(min=1)

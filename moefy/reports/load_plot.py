@@ -1,47 +1,45 @@
 """Heat maps of expert load, into image files. Needs matplotlib, which the extra ``plot`` brings.
 
-Contract: the colour is an expert's load by the mean of its layer: 1 (white) is balanced, 0 (blue) is dead, red has
-twice its share or more. No window is opened and matplotlib's global state is not touched.
+Contract: the colour is an expert's load over the mean of its layer: 1 (white) is balanced, 0 (blue) is a dead expert,
+full red is twice the mean or more. No window opens, and matplotlib's global state stays as it is.
 
-    >>> plot_layers(moefy.load(model), "load.png")            # doctest: +SKIP
+    >>> plot_layers({"layers.0.mlp": (6, 2, 0, 8)}, "load.png")               # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moefy.reports.expert_load import LoadReport
-
 COLOURS = "RdBu_r"
-TOP = 2.0
+TOP = 2.0  # load over mean load of the fullest red
 LEAST_INCHES = 2.5
 ROWS_PER_INCH = 12
 
 
-def plot_layers(report: LoadReport, path: str | Path) -> None:
-    """Experts by layers: a row per layer, a column per expert."""
-    experts = max(len(layer.tokens_per_expert) for layer in report.layers)
-    relative_LE = torch.full((len(report.layers), experts), float("nan"), dtype=torch.float64)
-    for row, layer in zip(relative_LE, report.layers, strict=True):
-        counts_E = torch.tensor(layer.tokens_per_expert, dtype=torch.float64)
-        row[: counts_E.numel()] = counts_E / max(layer.mean, 1e-9)
-    figure, axes = _figure(len(report.layers) * 3)
+def plot_layers(tokens_per_expert: Mapping[str, Sequence[int]], path: str | Path) -> None:
+    """Draw the counts of each layer: a row per layer, a column per expert."""
+    experts = max(map(len, tokens_per_expert.values()))
+    relative_LE = torch.full((len(tokens_per_expert), experts), float("nan"), dtype=torch.float64)
+    for row, counts in zip(relative_LE, tokens_per_expert.values(), strict=True):
+        counts_E = torch.tensor(counts, dtype=torch.float64)
+        row[: len(counts)] = counts_E / counts_E.mean().clamp(min=1e-9)
+    figure, axes = _figure(len(tokens_per_expert) * 3)
     _draw(figure, axes, relative_LE)
     axes.set_xlabel("expert")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_yticks(range(len(report.layers)), [layer.fqn or "(root)" for layer in report.layers])
+    axes.set_yticks(range(len(tokens_per_expert)), [name or "(root)" for name in tokens_per_expert])
     figure.savefig(path)
 
 
-def plot_history(shares: dict[str, Tensor], steps: list[int], path: str | Path) -> None:
-    """Experts by layer over training: a band per layer, in it a row per expert; training runs to the right."""
+def plot_history(shares: Mapping[str, Tensor], steps: Sequence[int], path: str | Path) -> None:
+    """Draw the shares ``[intervals, E]`` of each layer: a band per layer, a row per expert, steps to the right."""
     bands = [share_IE.t() * share_IE.shape[1] for share_IE in shares.values()]
     figure, axes = _figure(sum(band.shape[0] for band in bands))
     _draw(figure, axes, torch.cat(bands), extent=(steps[0], max(steps[-1], steps[0] + 1)))

@@ -1,26 +1,25 @@
 """``RewriteReport``: what ``transform`` did, or would do, to every FFN of a model. Plain data that draws itself.
 
-Contract: every candidate is a layer of the report, the skipped ones with a reason. ``str(report)`` is for
-people (identical layers folded), ``report.to_dict()`` for programs (nothing folded, units in key names). Both
-come from the same objects.
+Contract: every candidate is a layer of the report, a skipped one with its reason. ``str(report)`` folds identical
+layers into one line, for people. ``report.to_dict()`` folds nothing and has the unit in each key, for programs.
 
     >>> print(moefy.report(model, num_experts=8))             # doctest: +SKIP
-    moefy report: GPT2LMHeadModel (float32, cpu), dry run
-    12 of 12 FFNs would become MoE: 8 experts, top-2
+    moefy report: GPT2LMHeadModel (float32, cpu), dry run, nothing changed
+    12 feed-forward networks would become a Mixture-of-Experts (8 experts, top-2)
     ...
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from textwrap import wrap
 from typing import Any
 
 from moefy.config import MoEConfig, router_name
 from moefy.records import NOT_EXACT, LayerRecord, PassRecord
-from moefy.reports.environment import SCHEMA_VERSION, environment
+from moefy.reports.base import SCHEMA_VERSION, Report
+from moefy.reports.environment import environment
 from moefy.reports.rewrite_tables import layers_table, passes_table, skipped_table, totals_table
 from moefy.reports.text import tables
 from moefy.reports.text.folding import fold
@@ -29,13 +28,13 @@ _UNITS = {"flops_dense": "flops_per_token_dense", "flops_active": "flops_per_tok
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewriteReport:
+class RewriteReport(Report):
     """The FFNs of one model and what became of them.
 
     Args:
         model_class: class name of the model.
         layers: one record per candidate, in model order.
-        config: how the FFNs are rewritten; ``None`` when they were only looked for.
+        config: how the FFNs are rewritten; ``None`` when the report only lists them.
         dry_run: whether the model is still dense.
         params_dense: parameters of the whole dense model.
         params_total: parameters of the whole model with all experts.
@@ -44,10 +43,10 @@ class RewriteReport:
         device: device of the model's parameters.
         trace_source: how the graph was obtained: ``"fake run"``, ``"real run"``, ``"fx graph"``, ...
         inputs: the example inputs in words.
-        unseen: modules that the forward did not run, hence searched by nobody: FQNs, the topmost ones.
-        check_error: relative norm of (MoE - dense) over the model's output; ``None`` when not checked.
+        unseen: FQNs of the topmost modules that the forward did not run. FFNs in them were not searched for.
+        check_error: ``norm(MoE - dense) / norm(dense)`` over the model's output; ``None`` when not checked.
         check_tolerance: the largest error that the check accepts.
-        passes: what each graph pass did.
+        passes: one record per graph pass that ran.
         warnings: what the user should know, one sentence each.
     """
 
@@ -70,26 +69,26 @@ class RewriteReport:
 
     @property
     def rewritten(self) -> tuple[LayerRecord, ...]:
-        """The layers that are, or would become, a Mixture-of-Experts."""
+        """The layers that became, or would become, a Mixture-of-Experts."""
         return tuple(layer for layer in self.layers if layer.action == "moe")
 
     @property
     def skipped(self) -> tuple[LayerRecord, ...]:
-        """The candidates that stay as they are, each with its ``reason``."""
+        """The candidates that stay dense, each with its ``reason``."""
         return tuple(layer for layer in self.layers if layer.action == "skipped")
 
     @property
     def flops_dense(self) -> int:
-        """Forward FLOPs per token of the rewritten FFNs before."""
+        """Forward FLOPs per token of the dense FFNs that are rewritten."""
         return sum(layer.flops_dense for layer in self.rewritten)
 
     @property
     def flops_active(self) -> int:
-        """Forward FLOPs per token of the rewritten FFNs after, routers included."""
+        """Forward FLOPs per token of the layers that replace them: K experts and the router."""
         return sum(layer.flops_active for layer in self.rewritten)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only; ``schema_version`` grows when a key changes its meaning."""
+        """Every layer unfolded, totals and the environment, as JSON types with units in the keys."""
         own = ("layers", "config", "passes", "warnings", "unseen", "check_error", "check_tolerance")
         plain = [f.name for f in dataclasses.fields(self) if f.name not in own]
         return {
@@ -106,16 +105,12 @@ class RewriteReport:
             "environment": environment(),
         }
 
-    def to_json(self, indent: int | None = 2) -> str:
-        """``to_dict`` as one JSON object."""
-        return json.dumps(self.to_dict(), indent=indent)
-
     def render(self, width: int | None = None, *, passes: bool | None = None) -> str:
         """The report as text.
 
         Args:
-            width: columns to fit in; that of the terminal, else 100.
-            passes: whether to draw the table of passes; ``None`` draws it when there are any.
+            width: columns to fit in, by default the terminal's, or 108 where there is no terminal.
+            passes: whether to draw the table of passes. ``None`` draws it when a pass ran.
         """
         width = tables.stream_width() if width is None else width
         experts = self.config is not None
@@ -133,10 +128,8 @@ class RewriteReport:
         blocks.append(_wrapped(self._footer(), width))
         return "\n\n".join(block.rstrip() for block in blocks)
 
-    def __str__(self) -> str:
-        return tables.encodable(self.render())
-
     def _heading(self) -> list[str]:
+        """The model, the verdict, and how the model was traced."""
         state = "dry run, nothing changed" if self.dry_run else "transformed"
         return [
             f"moefy report: {self.model_class} ({self.dtype}, {self.device}), {state}",
@@ -145,6 +138,7 @@ class RewriteReport:
         ]
 
     def _verdict(self) -> str:
+        """How many FFNs became, would become or can become a Mixture-of-Experts."""
         done, left = len(self.rewritten), len(self.skipped)
         skipped = f"; {left} other candidate{'s' * (left != 1)} skipped" if left else ""
         if not done:
@@ -159,7 +153,7 @@ class RewriteReport:
         return f"{networks} {verb} a Mixture-of-Experts ({experts}){skipped}"
 
     def _footer(self) -> list[str]:
-        """What was counted, what was measured, what to know."""
+        """Counts, the measured error, modules that did not run, and warnings."""
         codes = Counter(layer.code or "other" for layer in self.skipped)
         why = ", ".join(f"{code} {number}" for code, number in codes.most_common())
         counted = f"found {len(self.layers)} · rewritten {len(self.rewritten)} · skipped {len(self.skipped)}"
@@ -174,6 +168,7 @@ class RewriteReport:
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
     def _measured(self, error: float) -> str:
+        """The error of the check, against its tolerance."""
         tolerance = self.check_tolerance
         within = f"; tolerance {tolerance:.0e}" if tolerance is not None else ""
         verb = "match" if tolerance is None or error <= tolerance else "DIFFER from"
@@ -197,5 +192,5 @@ def _wrapped(lines: list[str], width: int) -> str:
 
 
 def _layer_dict(layer: LayerRecord) -> dict[str, Any]:
-    """The record with the unit in each key."""
+    """The record as JSON types, with units in the keys."""
     return {_UNITS.get(key, key): value for key, value in dataclasses.asdict(layer).items()}

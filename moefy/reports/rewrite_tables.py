@@ -1,7 +1,7 @@
 """The tables of a rewrite report: layers, skipped candidates, totals, passes. Records in, text out.
 
-Contract: layers whose cells all agree share one line (``layers.{0..31}.mlp``, with their number); the numbers on
-a line are those of one layer, FLOPs those of one token. Skipped candidates always show their reason.
+Contract: layers whose cells all agree share one line (``layers.{0..31}.mlp`` and how many they are). The numbers on a
+line are those of one layer; FLOPs are per token. Skipped candidates always show their reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NUMBER_IN_PATH = re.compile(r"(?<=[._])\d+(?=\W|_|$)")
 
 
 def layers_table(layers: Sequence[LayerRecord], width: int, *, experts: bool) -> str:
-    """One line per kind of rewritten layer; without ``experts`` only what there is to rewrite."""
+    """One line per kind of layer. Without ``experts`` the line has the dense FFN's numbers only."""
     columns = _layer_columns(layers, experts)
     titles = [column.title for column in columns]
     cells = [_layer_cells(layer) for layer in layers]
@@ -32,7 +32,7 @@ def layers_table(layers: Sequence[LayerRecord], width: int, *, experts: bool) ->
 
 
 def skipped_table(layers: Sequence[LayerRecord], width: int) -> str:
-    """One line per kind of skipped candidate, with the reason."""
+    """One line per kind of skipped candidate, with its reason."""
     columns = [
         Column(title="skipped", wrap=True),
         Column(title="×", align="right"),
@@ -74,7 +74,7 @@ def totals_table(
 
 
 def passes_table(records: Sequence[PassRecord], width: int) -> str:
-    """What each graph pass did, in order."""
+    """One line per graph pass, in the order in which the passes ran."""
     if not records:
         return "no graph pass ran"
     columns = [
@@ -100,7 +100,7 @@ def passes_table(records: Sequence[PassRecord], width: int) -> str:
 
 
 def _layer_columns(layers: Sequence[LayerRecord], experts: bool) -> list[Column]:
-    """The columns that say something about these layers."""
+    """The columns for these layers: calls where a layer has several, experts where layers differ."""
     columns = [
         Column(title="layer", wrap=True),
         Column(title="×", align="right"),
@@ -129,7 +129,7 @@ def _layer_columns(layers: Sequence[LayerRecord], experts: bool) -> list[Column]
 
 
 def _layer_cells(layer: LayerRecord) -> dict[str, str]:
-    """Every cell that a layer may show, by column title."""
+    """All cells of a layer, by column title."""
     return {
         "FFN": _kind(layer),
         "D × H": _shape(layer),
@@ -154,6 +154,6 @@ def _shape(layer: LayerRecord) -> str:
 
 
 def _common_reason(layers: Sequence[LayerRecord], masked: Sequence[str], first: int) -> str:
-    """The reason of a folded line: verbatim when all agree, else with the layer numbers as ``*``."""
+    """The reason of a folded line: verbatim if its layers agree, else with ``*`` for the layer numbers."""
     reasons = {layer.reason for layer, why in zip(layers, masked, strict=True) if why == masked[first]}
     return (layers[first].reason or "") if len(reasons) == 1 else masked[first]

@@ -251,7 +251,7 @@ def _register_aux() -> None:
                 "grads": {bare_name(n): whole(p.grad) for n, p in model.named_parameters()}
             }
             for name, group in (("mine", None), ("all", dist.group.WORLD)):
-                report = moefy.load(model, group=group)
+                report = moefy.expert_load(model, group=group)
                 found[name] = [list(layer.tokens_per_expert) for layer in report.layers]
             return found
 

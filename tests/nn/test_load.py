@@ -142,7 +142,7 @@ def test_two_routers_of_one_layer_count_together() -> None:
     moe = MoE(D, 16, E, top_k=K, router=spec)
     for index in (0, 1):
         moe(torch.randn(3, D), router_index=index)
-    (layer_load,) = moefy.load(moe).layers
+    (layer_load,) = moefy.expert_load(moe).layers
     assert layer_load.total == 2 * 3 * K
 
 

@@ -1,4 +1,4 @@
-"""``moefy.load``: numbers by hand, tables, plots, the command line, HF Trainer's logs."""
+"""``moefy.expert_load``: numbers by hand, tables, plots, the command line, HF Trainer's logs."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_load_of_a_model() -> None:
     for seed in range(2):
         model(*tokens(seed=seed))[1].backward()
         losses.append(float(moefy.aux_loss(model)))
-    report = moefy.load(nn.Sequential(model).train(), reset=True)
+    report = moefy.expert_load(nn.Sequential(model).train(), reset=True)
     assert [layer.fqn for layer in report.layers] == ["0.layers.0.fc1", "0.layers.1.fc1"]
     assert all(layer.total == 2 * 4 * 6 * 2 for layer in report.layers)
     assert report.l_aux == pytest.approx(sum(losses) / 2, rel=1e-6)
     for layer in report.layers:
         weighted = 0.5 * layer.losses["balance"] + 0.1 * layer.losses["z_loss"]
         assert layer.losses["l_aux"] == pytest.approx(weighted, rel=1e-6) and "router" not in layer.losses
-    again = moefy.load(model)
+    again = moefy.expert_load(model)
     assert all(layer.total == 0 and layer.losses == {} for layer in again.layers)
     assert "no training forward was counted" in str(again)
 
@@ -89,13 +89,13 @@ def test_a_table() -> None:
 
 def test_wrappers_do_not_show() -> None:
     model = moe("aligned")
-    assert moefy.load(nn.DataParallel(model)).layers[0].fqn == "layers.0.mlp"
-    assert moefy.load(nn.DataParallel(model)).model_class == "Stack"
+    assert moefy.expert_load(nn.DataParallel(model)).layers[0].fqn == "layers.0.mlp"
+    assert moefy.expert_load(nn.DataParallel(model)).model_class == "Stack"
 
 
 def test_a_dense_model_has_no_load() -> None:
     with pytest.raises(NoMoELayer, match="Linear"):
-        moefy.load(nn.Linear(2, 2))
+        moefy.expert_load(nn.Linear(2, 2))
 
 
 # -- over training -------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_history() -> None:
         model(*tokens(seed=step))
         history.step()
         if step % 2:
-            expected.append(moefy.load(model, reset=True))
+            expected.append(moefy.expert_load(model, reset=True))
     shares = history.shares()
     assert history.steps == [0, 2, 4] and list(shares) == ["layers.0.fc1", "layers.1.fc1"]
     for i, report in enumerate(expected):
@@ -126,7 +126,7 @@ def test_plots(tmp_path: Path) -> None:
         model(*tokens(seed=seed))
         history.step()
     history.plot(tmp_path / "history.png")
-    moefy.load(model).plot(tmp_path / "layers.png")
+    moefy.expert_load(model).plot(tmp_path / "layers.png")
     for name in ("history.png", "layers.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

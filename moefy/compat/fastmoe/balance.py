@@ -8,7 +8,7 @@ gate chose; as a ``gate_hook``:
     hook = lambda ids, scores, ctx: update_balance_profile(profile, ids, scores, ctx, 0, num_expert=8)
 
 The values are 0-dim tensors on the ids' device: reading one waits for it, keeping it does not. For models made by
-``moefy.transform`` or of ``moefy.MoE`` there is ``moefy.load``.
+``moefy.transform`` or of ``moefy.MoE`` there is ``moefy.expert_load``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Many module paths as few lines: what differs only in integers is written as one brace pattern.
+"""Many module paths as few lines: paths that differ only in integers become one brace pattern.
 
-Contract: the patterns of a group, expanded, are exactly the paths that went in, each once; order of first
-appearance is kept.
+Contract: the patterns, expanded, are exactly the paths that went in, each once. Lines come in the order in which their
+first path appeared.
 
     >>> [(f.pattern, f.count) for f in fold(["h.0.mlp", "h.1.mlp", "h.2.mlp", "head"])]
     [('h.{0..2}.mlp', 3), ('head', 1)]
@@ -22,7 +22,7 @@ _Box = tuple[tuple[int, ...], ...]  # one sorted tuple of values per integer of 
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """``count`` paths written as one ``pattern``; ``first`` is the index of the earliest of them."""
+    """``count`` paths written as one ``pattern``. ``first`` is the index of the earliest path."""
 
     pattern: str
     count: int
@@ -32,8 +32,8 @@ class Folded:
 def fold(paths: Sequence[str], keys: Sequence[Hashable] | None = None) -> list[Folded]:
     """Fold ``paths`` that have the same ``key`` and differ only in integers.
 
-    Any integer counts, also one inside a name (``encoder_layer_3``). Two integers fold together when all
-    their combinations occur (``stages.{0..3}.blocks.{0,1}``), else into several lines.
+    An integer inside a name folds too (``encoder_layer_3``). Paths with two integers share a line when all
+    combinations occur (``stages.{0..3}.blocks.{0,1}``), else they take several lines.
     """
     marks = list(keys) if keys is not None else [None] * len(paths)
     groups: dict[tuple[tuple[str, ...], Hashable], dict[tuple[int, ...], int]] = {}
@@ -57,7 +57,7 @@ def spell(values: Sequence[int]) -> str:
 
 
 def _split(path: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The text around the integers, and the integers. ``007`` is text: it would not survive ``int``."""
+    """The text around the integers, and the integers. ``007`` counts as text, since ``int`` would drop its zeros."""
     literals, values, last = [], [], 0
     for match in _INTEGER.finditer(path):
         if str(int(match.group())) == match.group():
@@ -98,7 +98,7 @@ def _size(box: _Box) -> int:
 
 
 def _runs(values: Sequence[int]) -> list[str]:
-    """Greedy arithmetic runs: the longest from each start, at least three long."""
+    """Arithmetic runs of three or more, greedily: the longest run from each start."""
     parts, start = [], 0
     while start < len(values):
         step, end = 0, start + 1

@@ -1,7 +1,7 @@
-"""A progress bar for long loops: tqdm when it is installed and somebody watches, else nothing.
+"""A progress bar for long loops, drawn by tqdm where tqdm is installed and stderr is a terminal.
 
-Contract: yields the items unchanged and in order. Silent when stderr is no terminal, when the work is small, and
-on every rank but the first. Never prints to stdout.
+Contract: yields the items unchanged and in order. Nothing is drawn when the work is small, nor on any rank but the
+first. Nothing goes to stdout.
 
     >>> list(progress([1, 2, 3], "layers", work=10))
     [1, 2, 3]
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import TypeVar
 
-LARGE = 500_000_000  # elements to write: about a second of copying in fp32
+LARGE = 500_000_000  # tensor elements: about a second of copying in fp32
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def progress(items: Collection[T], what: str, *, work: int) -> Iterable[T]:
     Args:
         items: what to loop over.
         what: the unit, such as ``"layers"``.
-        work: how many tensor elements the whole loop writes; below ``LARGE`` no bar is drawn.
+        work: tensor elements that the whole loop writes. Below ``LARGE`` no bar is drawn.
     """
     if work < LARGE or not _watched():
         return items
@@ -38,7 +38,7 @@ def progress(items: Collection[T], what: str, *, work: int) -> Iterable[T]:
 
 
 def _watched() -> bool:
-    """Whether a person looks at stderr of this process."""
+    """Whether this process is rank 0 and its stderr a terminal."""
     if os.environ.get("RANK", "0") != "0":
         return False
     try:

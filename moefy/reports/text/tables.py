@@ -15,8 +15,8 @@ from typing import TextIO
 from tabulate import tabulate
 
 DEFAULT_WIDTH = 108  # what a README shows without a scroll bar
-MIN_WRAPPED = 24  # how narrow a wrapped column gets while another can be dropped
-LEAST_WRAPPED = 20  # and when none is left
+MIN_WRAPPED = 24  # least width of a wrapped column while another column can be dropped
+LEAST_WRAPPED = 20  # and when no column is left to drop
 
 _ASCII = str.maketrans({"─": "-", "×": "x", "→": "->", "…": "~", "·": "-", "✓": "ok"})
 _ASCII |= str.maketrans("▁▂▃▄▅▆▇█", "12345678")
@@ -26,8 +26,8 @@ _ASCII |= str.maketrans("▁▂▃▄▅▆▇█", "12345678")
 class Column:
     """A column of a table.
 
-    ``drop`` orders which columns go first when the table is too wide (0: never); ``wrap`` lets the text of the
-    column continue on further lines.
+    When the table is too wide, the column with the highest ``drop`` goes first; 0 means never. ``wrap`` lets the text
+    of the column continue on further lines.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Column:
 
 
 def draw(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> str:
-    """The table in at most ``width`` columns where that is possible: wrap, then drop columns."""
+    """The table, in at most ``width`` columns where possible: text wraps first, then columns are dropped."""
     kept = list(range(len(columns)))
     while True:
         victims = sorted((i for i in kept if columns[i].drop), key=lambda i: -columns[i].drop)
@@ -63,7 +63,7 @@ def size(bytes_: int) -> str:
 
 
 def stream_width(stream: TextIO | None = None) -> int:
-    """Columns of the terminal, else 108."""
+    """Columns of the terminal, or 108 where there is no terminal."""
     stream = sys.stdout if stream is None else stream
     if _is_terminal(stream):
         return shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
@@ -71,7 +71,7 @@ def stream_width(stream: TextIO | None = None) -> int:
 
 
 def encodable(text: str, stream: TextIO | None = None) -> str:
-    """``text``, with its few non-ASCII signs replaced when the stream cannot encode them."""
+    """``text``, in ASCII if ``stream`` (by default stdout) cannot encode it."""
     encoding = getattr(stream if stream is not None else sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -81,7 +81,7 @@ def encodable(text: str, stream: TextIO | None = None) -> str:
 
 
 def to_ascii(text: str) -> str:
-    """``text`` in ASCII: the signs that moefy draws get their ASCII form, any other a ``?``."""
+    """``text`` in ASCII: signs that moefy draws get their ASCII form, any other sign becomes ``?``."""
     return text.translate(_ASCII).encode("ascii", "replace").decode("ascii")
 
 
