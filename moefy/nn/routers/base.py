@@ -29,8 +29,8 @@ from moefy.config import AuxLoss, Capacity
 from moefy.config.fields import is_finite, is_int, positive_int
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn.checked import check_scores
+from moefy.nn.counters import LoadCounter
 from moefy.nn.dispatch import LOCAL, Dispatcher
-from moefy.nn.load import LoadCounter
 from moefy.nn.losses.layer import AuxState
 from moefy.nn.route import route
 from moefy.nn.routing.layout import TokenLayout, as_tokens

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn import load, losses
+from moefy.nn import execution, losses
 from moefy.nn.routers.base import Call, register_router
 from moefy.nn.routers.group_limited import GroupLimitedRouter
 from moefy.nn.routing.routing import Choice
@@ -84,7 +84,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         device = like.get("device")
         self.register_buffer("expert_bias", torch.empty(self.num_experts, dtype=torch.float32, device=device))
         counts = torch.empty(self.num_experts, dtype=torch.int64, device=device)
-        self.counts = load.static_counter(counts)
+        self.counts = execution.static_counter(counts)
 
     def reset_parameters(self) -> None:
         """Draw ``weight``; the bias and the counts are zero."""
@@ -111,11 +111,11 @@ class BiasBalancedRouter(GroupLimitedRouter):
     @torch.no_grad()
     def count(self, index_TK: Tensor, mask_T: Tensor | None = None) -> None:
         """Add these slots to ``counts``, unless a checkpoint runs the forward again."""
-        if load.counts():
+        if execution.is_forward():
             counts_E = losses.assignment_totals(index_TK, self.num_experts, mask_T)[:-1]
             if not torch.compiler.is_dynamo_compiling() and self.counts.is_meta and not counts_E.is_meta:
-                self.counts = load.static_counter(torch.zeros_like(counts_E))
-            load.accumulate(self.counts, counts_E)
+                self.counts = execution.static_counter(torch.zeros_like(counts_E))
+            execution.accumulate(self.counts, counts_E)
 
     def update_bias(self) -> None:
         """Move the bias against the load since the last update, of all ranks of ``group``; all must call it."""
@@ -126,7 +126,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         super()._apply(fn, recurse)
         if self.expert_bias.dtype not in (torch.float32, torch.float64):
             self.expert_bias = bias.to(self.expert_bias.device)
-        self.counts = load.static_counter(fn(self.counts))
+        self.counts = execution.static_counter(fn(self.counts))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -74,6 +74,6 @@ class NoisyTopKRouter(Router):
         importance = losses.sparse_importance(
             choice.weights, choice.index, self.num_experts, mask_T=call.mask
         )
-        load = losses.load(clean_TE, noisy_TE, std_TE, call.top_k, mask_T=call.mask)
+        load = losses.smooth_load(clean_TE, noisy_TE, std_TE, call.top_k, mask_T=call.mask)
         choice.losses = {"importance": importance, "load": load}
         return choice
