@@ -84,7 +84,7 @@ def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Ten
         "device": like.device,
         "dtype": like.dtype,
     }
-    router = make_router(config.router, d_model, config.num_experts, config.top_k, **place)
+    router = make_router(config.router, d_model, config.num_experts, config.experts_per_token, **place)
     router.capacity = Capacity.of(config.capacity)
     router.aux_loss = AuxLoss.of(config.aux_loss)
     return router
@@ -93,7 +93,7 @@ def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Ten
 def check_router(config: MoEConfig) -> None:
     """Raise ``ConfigError`` or ``UnknownOption`` for a router by name that no layer could have."""
     if isinstance(config.router, str | RouterSpec):
-        make_router(config.router, 8, config.num_experts, config.top_k, device="meta")
+        make_router(config.router, 8, config.num_experts, config.experts_per_token, device="meta")
 
 
 def _by_name(spec: RouterSpec, sizes: dict[str, int], place: dict[str, Any]) -> Router:
