@@ -54,7 +54,7 @@ class TokenLayout(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the product of ``leading``."""
         return numel(self.leading)
 
     def to_tokens(self, x: Tensor) -> Tensor:
