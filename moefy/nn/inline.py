@@ -83,7 +83,7 @@ class FFNLink:
         return exchange
 
     def _forget(self) -> None:
-        """Drop what waits in eager mode."""
+        """Drop the exchange that waits in eager mode."""
         if not torch.compiler.is_dynamo_compiling():
             self.eager.exchange = None
 

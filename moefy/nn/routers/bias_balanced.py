@@ -42,7 +42,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
 
     Args:
         rate: how far the bias moves at each step; 0.001 in DeepSeek-V3.
-        auto_update: whether optimizers update it; else ``update_bias`` is yours to call.
+        auto_update: whether optimizers update the bias; if not, the training loop calls ``update_bias``.
         options: of ``GroupLimitedRouter``: ``n_groups``, ``score``, ``renormalize``, ``scale``, ...
 
     Buffers:
@@ -79,7 +79,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         _ROUTERS.add(self)
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """The scorer, the bias that balances, the counts."""
+        """Create the scorer, the bias per expert and the counts."""
         super().make_parameters(bias, **like)
         device = like.get("device")
         self.register_buffer("expert_bias", torch.empty(self.num_experts, dtype=torch.float32, device=device))
@@ -94,7 +94,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
 
     @property
     def ranks_logits(self) -> bool:
-        """Never: the bias has a say."""
+        """False: scores plus bias pick the experts."""
         return False
 
     def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
@@ -102,7 +102,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         return super().ranking(scores_TE + self.expert_bias.to(scores_TE.dtype), top_k)
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The experts, counted in training."""
+        """The experts by score and bias; a training forward counts them."""
         choice = super().decide(x, call)
         if self.training:
             self.count(choice.index, call.mask)
