@@ -8,7 +8,7 @@
 
 Contract: a factory is called with ``d_model, num_experts, top_k`` and with those of ``std, seed, fqn, device, dtype``
 that it takes by name. It draws from a random state that depends on the seed and the layer's name alone, so that all
-ranks agree and the global one is untouched.
+ranks agree and the global random state is untouched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moefy.nn.routers.custom import CustomRouter
 from moefy.nn.seeding import seeded
 
 RouterLike: TypeAlias = str | RouterSpec | nn.Module | Callable[..., nn.Module]
-# What the layer decides, not the user's options.
+# Arguments that the layer decides, so that they are no options of a RouterSpec.
 _PLACE = ("self", "d_model", "num_experts", "top_k", "fqn", "device", "dtype")
 
 
