@@ -1,4 +1,4 @@
-"""Look-ups in a Hugging Face config and the configs nested in it, by attribute name. Plain reading.
+"""Look-ups by attribute name in a Hugging Face config and the configs nested in it.
 
 >>> Facts(clip_config).find("image_size", prefer=("vision",))
 224
@@ -23,7 +23,7 @@ class Facts:
     def find(self, *names: str, default: Any = None, prefer: Sequence[str] = ()) -> Any:
         """The first of ``names`` that is set in any config.
 
-        Configs whose path contains a word of ``prefer`` are asked first, then the others from the outside in.
+        Configs whose path contains a word of ``prefer`` come first, then the others from the outside in.
         """
         ranked = sorted(self._configs, key=lambda item: not any(w in item[0] for w in prefer))
         for _, config in ranked:

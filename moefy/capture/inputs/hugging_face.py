@@ -1,7 +1,7 @@
 """Example inputs for a Hugging Face model, from its config and its signature. transformers is not imported.
 
-Contract: nothing is chosen by model name. A parameter's name says what kind of tensor it is, the config says how
-large; where conventions differ (an axis more, the other order) the alternatives are tried in turn.
+Contract: no model is known by its name. A parameter's name says what kind of tensor it takes, the config says how large
+the tensor is. Where conventions differ (an axis more, the other order), the alternatives follow in turn.
 
     >>> next(hf_inputs(gpt2, sampler)).description
     'input_ids int64 [1, 8] (Hugging Face config)'
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefy.capture.inputs.combinations import nearest_first
 from moefy.capture.inputs.hf_facts import VISION, Facts
 from moefy.capture.inputs.hf_tensors import GRID, Maker
 from moefy.capture.inputs.tensors import SEQUENCE, ExampleInputs, Sampler, example
@@ -26,7 +27,7 @@ COMBINATIONS = 12  # per selection of inputs
 LENGTHS = (SEQUENCE, 16, 64)  # some models cut the text into blocks of their own
 SOURCE = "Hugging Face config"
 
-# Inputs beside the main one that a model may refuse to run without although they have a default.
+# Inputs beside the main one without which a model may refuse to run, although they have a default.
 _MODALITIES = (
     "pixel_values",
     "pixel_values_videos",
@@ -46,8 +47,7 @@ _MODALITIES = (
     "past_observed_mask",
 )
 
-
-# Inputs that few models insist on.
+# Inputs that few models require.
 _SOMETIMES = (
     "attention_mask",
     "input_features_mask",
@@ -83,7 +83,7 @@ def _kwargs(model: nn.Module, facts: Facts, sampler: Sampler) -> Iterator[dict[s
 
 
 def _options(names: Sequence[str], maker: Maker) -> dict[str, list[Tensor]]:
-    """The tensors for each name that means something to us."""
+    """The tensors for each name that ``maker`` knows."""
     made = {name: maker.options(name) for name in names}
     return {name: tensors for name, tensors in made.items() if tensors}
 
@@ -113,12 +113,10 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 
 def _combinations(options: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Any]]:
-    """Every choice of one option per name, those nearest to everybody's first option first."""
-    if not options:
-        return
-    ranks = itertools.product(*(range(len(made)) for made in options.values()))
-    for rank in sorted(itertools.islice(ranks, 5000), key=sum):
-        yield {name: made[i] for (name, made), i in zip(options.items(), rank, strict=True)}
+    """One tensor per name, the likeliest combinations first."""
+    if options:
+        for chosen in nearest_first([*options.values()], ranked=5000):
+            yield dict(zip(options, chosen, strict=True))
 
 
 def _with_placeholders(
@@ -137,7 +135,7 @@ def _with_placeholders(
 
 
 def _placeholder_counts(facts: Facts) -> list[int]:
-    """How many placeholders a picture may take: as stated, else one per patch or merged patch."""
+    """How many placeholders a picture may take: the config's number, else one per patch or merged patch."""
     names = ("mm_tokens_per_image", "image_seq_length", "num_image_tokens", "image_seq_len")
     stated = facts.integer(*names, default=0)
     merge = facts.integer("spatial_merge_size", default=1, prefer=VISION)
@@ -151,10 +149,12 @@ def _placeholder_counts(facts: Facts) -> list[int]:
 
 
 def _dummy(model: nn.Module) -> Iterator[ExampleInputs]:
-    """What the model itself calls dummy inputs."""
+    """The model's own ``dummy_inputs``."""
     try:
         inputs = dict(getattr(model, "dummy_inputs", None) or {})
-    except Exception:  # a property of the user's model: whatever it raises, it has nothing to offer
+    except (
+        Exception
+    ):  # a property of the user's model may raise anything; such a model has no inputs to offer
         return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
