@@ -1,4 +1,4 @@
-"""A plain pre-norm GPT for benchmarks: the size is the only thing that matters about it.
+"""A plain pre-norm GPT of any size, for benchmarks.
 
 >>> sum(p.numel() for p in GPT(layers=2, d_model=64).parameters()) > 0
 True
