@@ -16,3 +16,19 @@ checkout() {
   git -C "$work/$1" init -q && git -C "$work/$1" add -A
   cd "$work/$1"
 }
+
+# pytest writes what it ran to $work/LEG.xml; the figure is held against .ci/expected_tests.
+count() { python3 "$here/.ci/count_tests.py" "$work/$1.xml" "$1" "$here/.ci/expected_tests" "${@:2}"; }
+
+# Runs the function of a leg, leg_NAME or for NAME-VERSION leg_NAME NAME-VERSION, and notes the time it took.
+minutes=""
+run_leg() {
+  local start=$SECONDS
+  say "$1: start"
+  "leg_${1%%-*}" "$1"
+  say "$1: passed"
+  minutes+="$(printf '%-8s %4d s' "$1" $((SECONDS - start)))"$'\n'
+  rm -rf "${work:?}/$1"
+}
+
+say_minutes() { printf '\n%s%-8s %4d s\n' "$minutes" all "$SECONDS"; }

@@ -21,12 +21,12 @@ _PUBLIC = {
     "transform": "moefy.verbs",
     "find": "moefy.verbs",
     "report": "moefy.verbs",
-    "undo": "moefy.rewrite.undo",
+    "undo": "moefy.verbs",
     "MoE": "moefy.nn",
     "MoEConfig": "moefy.config",
     "RouterSpec": "moefy.config",
     "Capacity": "moefy.config",
-    "AuxLoss": "moefy.config",
+    "AuxLoss": "moefy.nn.losses",
     "aux_loss": "moefy.nn.losses.delivery",
     "deliver_aux_loss": "moefy.nn.losses.delivery",
     "loss_scale": "moefy.nn.losses.delivery",
@@ -68,16 +68,16 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moefy import errors
-    from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
+    from moefy.config import Capacity, MoEConfig, RouterSpec
     from moefy.nn import MoE
     from moefy.nn.checked import checked_mode
+    from moefy.nn.losses import AuxLoss
     from moefy.nn.losses.delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.records import FFNMatch, LayerRecord, PassRecord
     from moefy.reports.expert_load import LoadReport, expert_load
     from moefy.reports.load_history import LoadHistory
     from moefy.reports.rewrite import RewriteReport
-    from moefy.rewrite.undo import undo
-    from moefy.verbs import find, report, transform
+    from moefy.verbs import find, report, transform, undo
 
 
 def __getattr__(name: str) -> Any:

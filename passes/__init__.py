@@ -1,6 +1,9 @@
 """Graph passes: graph in, graph and record out. Imported as ``moefy.passes``, never as ``passes``.
 
-The pipeline that the backend runs is the registry, in order: ``fuse_experts``, then what users add.
+    trace/   what a forward does, as a graph        match/   which regions of it are FFNs
+    moe/     the passes: write MoE into a graph, fuse it
+
+The backend runs the registered passes of each stage in order: ``fuse_experts``, then what users add.
 
     >>> import moefy.passes
     >>> moefy.passes.registered_passes()
@@ -14,8 +17,9 @@ from __future__ import annotations
 if __name__ != "moefy.passes":
     raise ImportError("import moefy.passes, not passes: a second copy would register things twice")
 
-from moefy.passes.base import (
-    Pass,
+from moefy.passes.base import Pass
+from moefy.passes.moe import fuse_experts as _fuse_experts  # noqa: F401  registers the pass
+from moefy.passes.pipeline import (
     PipelineRun,
     clear_history,
     history,
@@ -24,7 +28,6 @@ from moefy.passes.base import (
     run_pipeline,
     unregister_pass,
 )
-from moefy.passes.moe import fuse_experts as _fuse_experts  # noqa: F401  registers the pass
 
 __all__ = [
     "Pass",

@@ -7,10 +7,12 @@ Contract for the tests:
 - ``@pytest.mark.zoo("timm", "torchvision")`` names the libraries that a test needs (all of them, if
   none is named). Where one is missing the test is skipped, unless ``MOEFY_REQUIRE_ZOO=1``: then a
   missing library, or any skip for one, is a failure.
+- A bare ``pytest`` runs the light leg, a path runs all that lies there, ``--leg NAME`` (repeatable, or
+  ``all``) a leg: ``legs.py`` says which test is in which.
 - Nothing may import the folders ``passes`` and ``triton_ops`` under their bare names: a second copy
   of a module would register the ops twice.
 
-    MOEFY_REQUIRE_ZOO=1 python -m pytest -m zoo
+    MOEFY_REQUIRE_ZOO=1 python -m pytest --leg zoo
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from legs import LEGS, is_long, leg_of
 
 REQUIRE_ZOO = os.environ.get("MOEFY_REQUIRE_ZOO") == "1"
 ZOO_LIBRARIES = ("torchvision", "timm", "transformers", "x_transformers", "megatron.core", "peft")
@@ -57,10 +60,39 @@ def _missing(libraries: tuple[str, ...]) -> list[str]:
     return missing
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--leg``."""
+    parser.addoption(
+        "--leg", action="append", choices=[*LEGS, "all"], help="run these legs of CI (tests/legs.py)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Where the zoo is required, stop at once when one of its libraries is missing."""
+    """Settle which legs run. Where the zoo is required, stop at once when one of its libraries is missing."""
+    if (
+        config.option.leg is None
+    ):  # xdist hands the options over to its workers, but not where paths came from
+        bare = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        config.option.leg = ["light"] if bare else ["all"]
     if REQUIRE_ZOO and (missing := _missing(ZOO_LIBRARIES)):
         raise pytest.UsageError(f"MOEFY_REQUIRE_ZOO=1, but not installed: {', '.join(missing)}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest tests first, without those of the legs that do not run."""
+    legs = config.option.leg
+    items.sort(
+        key=lambda item: not is_long(item.nodeid)
+    )  # else one worker ends with it while the others wait
+    if "all" in legs:
+        return
+    leg = {item: leg_of(item.nodeid, needs_libraries=_needs_libraries(item)) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if leg[item] not in legs])
+    items[:] = [item for item in items if leg[item] in legs]
+
+
+def _needs_libraries(item: pytest.Item) -> bool:
+    return item.get_closest_marker("zoo") is not None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -81,7 +113,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = str(report.longrepr)
-        if _skip_is_failure(reason, item.get_closest_marker("zoo") is not None):
+        if _skip_is_failure(reason, _needs_libraries(item)):
             report.outcome = "failed"
             report.longrepr = f"MOEFY_REQUIRE_ZOO=1, but skipped: {reason}"
     return report
@@ -106,6 +138,14 @@ def _seeded() -> Iterator[None]:
     yield
     assert torch.get_default_dtype() == dtype, "the test left another default dtype behind"
     assert torch.is_grad_enabled() == grad, "the test left another grad mode behind"
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group() -> Iterator[None]:
+    """A process group that a library starts in a test (accelerate does) ends with it."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _is_the_products(name: str) -> bool:

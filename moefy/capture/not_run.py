@@ -1,9 +1,9 @@
-"""What a forward did not run: modules whose parameters no trace reads, and where FFNs may hide unseen.
+"""The modules that no traced forward ran. An FFN in them would go unnoticed, so reports name them.
 
-Contract: the topmost such modules, in model order, those that hold two matrices at least (an FFN needs two). A vision
-tower is among them when the model was traced on text alone, and an expert that no token chose.
+Contract: the topmost modules whose parameters no trace reads, in model order, if they hold at least two matrices (an
+FFN needs two). A vision tower is among them when the model was traced on text alone, and an expert that no token chose.
 
-    >>> unseen_modules(llava, [trace_on_text])                # doctest: +SKIP
+    >>> modules_not_run(llava, [trace_on_text])                # doctest: +SKIP
     ['model.vision_tower', 'model.multi_modal_projector']
 """
 
@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from moefy.passes.trace.recorder import Trace
+from moefy.model.paths import join
+from moefy.passes.trace import Trace
 
 
-def unseen_modules(model: nn.Module, traces: Iterable[Trace]) -> list[str]:
+def modules_not_run(model: nn.Module, traces: Iterable[Trace]) -> list[str]:
     """FQNs of the topmost modules of ``model`` that none of ``traces`` ran."""
     names = {str(n.target) for trace in traces for n in trace.graph.nodes if n.op == "get_attr"}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -35,4 +36,4 @@ def _topmost(module: nn.Module, fqn: str, read: set[int]) -> Iterator[str]:
             yield fqn
         return
     for name, child in module.named_children():
-        yield from _topmost(child, f"{fqn}.{name}" if fqn else name, read)
+        yield from _topmost(child, join(fqn, name), read)

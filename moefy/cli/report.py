@@ -8,7 +8,6 @@ compiled with ``torch.compile(backend="moefy")`` and run once on the same kind o
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -20,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 import moefy
-from moefy.capture.inputs.derive import ExampleInputs, derive_inputs
+from moefy.capture import accepted_inputs
+from moefy.capture.inputs.tensors import ExampleInputs
 from moefy.cli.targets import Target, load_target
-from moefy.errors import ExampleInputsNeeded, UsageError
-from moefy.passes.base import PipelineRun, clear_history, history
+from moefy.errors import UsageError
+from moefy.passes.pipeline import PipelineRun, clear_history, history
 from moefy.records import PassRecord
 from moefy.reports.rewrite import RewriteReport
 
@@ -112,14 +112,4 @@ def example_inputs(target: Target) -> ExampleInputs:
     """The factory's inputs, else the first derived ones that the dense model accepts."""
     if target.example_args or target.example_kwargs:
         return ExampleInputs(target.example_args, target.example_kwargs, "the factory's")
-    tried = []
-    mode = next((p.fake_mode for p in target.model.parameters() if isinstance(p, FakeTensor)), None)
-    for candidate in derive_inputs(target.model):
-        try:
-            with torch.no_grad(), mode or contextlib.nullcontext():
-                target.model(*candidate.args, **candidate.kwargs)
-        except Exception as error:  # a candidate that does not fit fails in the user's code
-            tried.append(f"{candidate.description}: {type(error).__name__}")
-        else:
-            return candidate
-    raise ExampleInputsNeeded(type(target.model).__name__, tried)
+    return accepted_inputs(target.model)

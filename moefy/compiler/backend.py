@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from moefy.compiler import dense_model as compile_time
+from moefy.compiler import dense_model
 from moefy.compiler.frame import RestartAnalysis, unwrapped
-from moefy.compiler.options import CompileOptions, inductor_patches, parse_options
+from moefy.compiler.options import CompileOptions, inductor_patches, parse_options, with_hooks
 from moefy.errors import BackendError, MoefyError
-from moefy.passes import base
+from moefy.passes import pipeline
 from moefy.records import PassRecord
 
 log = logging.getLogger(__name__)
@@ -53,19 +53,19 @@ def backend(
             _upcycle(gm, parsed)
     except MoefyError as error:
         raise unwrapped(error) from error.__cause__
-    base.run_pipeline(gm, disable=parsed.disable, graph=compile_time.graph_name())
+    pipeline.run_pipeline(gm, disable=parsed.disable, graph=dense_model.graph_name())
     return _compile(gm, example_inputs, parsed)
 
 
 def records() -> tuple[PassRecord, ...]:
     """What the passes did to all graphs since ``torch._dynamo.reset()``, oldest first."""
-    return tuple(record for run in base.history() for record in run.records)
+    return tuple(record for run in pipeline.history() for record in run.records)
 
 
 def reset() -> None:
     """Forget the records; ``torch._dynamo.reset()`` calls this."""
-    base.clear_history()
-    compile_time.reset()
+    pipeline.clear_history()
+    dense_model.reset()
 
 
 backend.reset = reset  # type: ignore[attr-defined]  # Dynamo looks for it on the callable
@@ -74,7 +74,7 @@ backend.reset = reset  # type: ignore[attr-defined]  # Dynamo looks for it on th
 def _upcycle(gm: fx.GraphModule, options: CompileOptions) -> None:
     """Never let an exception of another kind out: Dynamo takes some for a reason to run dense."""
     try:
-        compile_time.upcycle_frame(gm, options)
+        dense_model.upcycle_frame(gm, options)
     except (RestartAnalysis, MoefyError):
         raise
     except Exception as error:
@@ -95,7 +95,11 @@ def _compile(
         return lookup_backend(options.inner)(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=inductor_patches(options))
+    from moefy.compiler.inductor import stage_hooks
+
+    hooks = stage_hooks(options.disable, dense_model.graph_name())
+    patches = with_hooks(inductor_patches(options), hooks)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return compiled
 
 

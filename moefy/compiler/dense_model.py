@@ -21,8 +21,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import sys
-import time
 import types
 import warnings
 import weakref
@@ -46,8 +44,11 @@ from moefy.compiler.frame import (
 from moefy.compiler.options import WHERE, CompileOptions
 from moefy.config import MoEConfig
 from moefy.errors import AlreadyTransformed, BackendError, NoFFNFound
-from moefy.passes import base
-from moefy.passes.trace.recorder import Trace
+from moefy.model.guards import sharded_parameters, wrapped_modules
+from moefy.model.paths import join
+from moefy.passes.graphs import node_count
+from moefy.passes.pipeline import add_run, recording
+from moefy.passes.trace import Trace
 from moefy.records import PassRecord
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def upcycle_frame(gm: fx.GraphModule, options: CompileOptions) -> None:
     if root is not None and root in _state.seen:
         return
     if root is not None and frame.call is not None:
-        swapped = _transform_module(frame, frame.call, options, base.node_count(gm))
+        swapped = _transform_module(gm, frame, frame.call, options)
     else:
         swapped = _transform_graph(gm, frame, options)
     if not swapped:
@@ -147,67 +148,56 @@ def check_swappable(root: nn.Module) -> None:
 def _obstacles(root: nn.Module) -> Iterator[str]:
     if nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
         yield "it runs under DistributedDataParallel"
-    wrappers = _wrapper_classes()
+    for fqn, module in wrapped_modules(root):
+        yield f"{fqn or 'it'} is wrapped in {type(module).__name__}"
+    for fqn in sharded_parameters(root):
+        yield f"{fqn} is a DTensor"
     for fqn, module in root.named_modules():
-        if isinstance(module, wrappers):
-            yield f"{fqn or 'it'} is wrapped in {type(module).__name__}"
         if getattr(module, "_is_replica", False):
             yield "it is a replica made by DataParallel"
         for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if type(parameter).__name__ == "DTensor" or hasattr(parameter, "device_mesh"):
-                yield f"{fqn}.{name} is a DTensor"
-            if not isinstance(parameter, nn.Parameter):
-                yield f"{fqn}.{name} is not a Parameter (torch.func.functional_call?)"
+            if parameter is not None and not isinstance(parameter, nn.Parameter):
+                yield f"{join(fqn, name)} is not a Parameter (torch.func.functional_call?)"
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     if functorch.peek_interpreter_stack() is not None:
         yield "it runs inside a torch.func transform"
 
 
-def _wrapper_classes() -> tuple[type, ...]:
-    """The wrappers that hold parameters; those of modules nobody imported cannot occur."""
-    found: list[type] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for name in ("FullyShardedDataParallel", "FSDPModule"):
-        if fsdp is not None and hasattr(fsdp, name):
-            found.append(getattr(fsdp, name))
-    return tuple(found)
-
-
 def _transform_module(
-    frame: Frame, call: tuple[tuple[Any, ...], dict[str, Any]], options: CompileOptions, nodes: int
+    gm: fx.GraphModule, frame: Frame, call: tuple[tuple[Any, ...], dict[str, Any]], options: CompileOptions
 ) -> bool:
     """Run ``moefy.transform`` on the frame's root; whether anything was swapped."""
     from moefy.verbs import report, transform
 
     assert frame.root is not None and options.moe is not None
-    root, start = frame.root, time.perf_counter()
+    root, config = frame.root, _own_seed(options.moe, _state.swaps.get(frame.code, 0))
     check_swappable(root)
     _state.seen.update(root.modules())
-    matched, note = 0, ""
-    try:
-        with _outside_of_dynamo():
-            transform(
-                root,
-                config=_own_seed(options.moe, _state.swaps.get(frame.code, 0)),
-                example_args=call[0],
-                example_kwargs=call[1],
-                include=options.include,
-                exclude=options.exclude,
-                check=False,
-            )
-        layers = report(root).layers
-        matched = sum(layer.action == "moe" for layer in layers)
-        note = _refusals([layer for layer in layers if layer.action == "skipped"])
-    except AlreadyTransformed as error:
-        note = str(error)
-    except NoFFNFound as error:
-        note = _refusals(error.candidates) or "no candidate"
-        warnings.warn(f"{WHERE}: {error}", stacklevel=4)
+    with recording(NAME, lambda: node_count(gm)) as run:
+        refused = ""
+        try:
+            with _outside_of_dynamo():
+                transform(
+                    root,
+                    config=config,
+                    example_args=call[0],
+                    example_kwargs=call[1],
+                    include=options.include,
+                    exclude=options.exclude,
+                    check=False,
+                )
+            layers = report(root).layers
+            run.matched = sum(layer.action == "moe" for layer in layers)
+            refused = _refusals([layer for layer in layers if layer.action == "skipped"])
+        except AlreadyTransformed as error:
+            refused = str(error)
+        except NoFFNFound as error:
+            refused = _refusals(error.candidates) or "no candidate"
+            warnings.warn(f"{WHERE}: {error}", stacklevel=4)
+        run.note = _note(root, refused)
     _state.seen.update(root.modules())
-    _record(root, matched, note, nodes, start)
-    return matched > 0
+    _keep(run.record)
+    return run.matched > 0
 
 
 def _transform_graph(gm: fx.GraphModule, frame: Frame, options: CompileOptions) -> bool:
@@ -219,55 +209,54 @@ def _transform_graph(gm: fx.GraphModule, frame: Frame, options: CompileOptions) 
     for root in roots_of(gm):
         if root in _state.seen:
             continue
-        start = time.perf_counter()
-        with _outside_of_dynamo():
-            trace = trace_below(gm, root)
-            config = _own_seed(options.moe, _state.swaps.get(frame.code, 0))
-            found = _rewrite_traced(root, trace, config, options)
-        accepted = sum(m.accepted for m in found)
-        refused = _refusals([m for m in found if not m.accepted])
+        config = _own_seed(options.moe, _state.swaps.get(frame.code, 0))
+        with recording(NAME, lambda: node_count(gm)) as run:
+            with _outside_of_dynamo():
+                found = _rewrite_traced(root, trace_below(gm, root), config, options)
+            run.matched = sum(m.accepted for m in found)
+            refused = _refusals([m for m in found if not m.accepted])
+            run.note = _note(root, refused if found else "no candidate")
         if found:
-            _record(root, accepted, refused, base.node_count(gm), start)
+            _keep(run.record)
         elif root is frame.root and root not in _state.barren:
             _state.barren.add(root)
-            _record(root, 0, "no candidate", base.node_count(gm), start)
+            _keep(run.record)
             warnings.warn(f"{WHERE}: {NoFFNFound(type(root).__name__)}", stacklevel=4)
-        swapped |= accepted > 0
+        swapped |= run.matched > 0
     return swapped
 
 
 def _rewrite_traced(root: nn.Module, trace: Trace, config: MoEConfig, options: CompileOptions) -> list[Any]:
     """``moefy.transform`` for a trace that is there already; the records of all candidates."""
-    from moefy.capture.capture import Part, match_parts
-    from moefy.verbs import rewrite_survey
+    from moefy.capture import Part, capture_traced
+    from moefy.reports.build import attach_report, attached_report
+    from moefy.rewrite import make_plan
+    from moefy.verbs import rewrite
 
-    found = match_parts(root, [Part(root, ExampleInputs((), {}, "the inputs of the call"), trace)])
-    if not any(m.record.accepted for m in found.matches):
-        return [m.record for m in found.matches]
+    inputs = ExampleInputs((), {}, "the inputs of the call")
+    captured = capture_traced(root, [Part(root, inputs, trace)])
+    if not any(match.record.accepted for match in captured.matches):
+        return [match.record for match in captured.matches]
     check_swappable(root)
-    earlier = root.__dict__.get("_moefy_report")
-    try:
-        report = rewrite_survey(root, found, config, options.include, options.exclude, check=False)
-    except NoFFNFound as error:  # include and exclude left nothing
-        return error.candidates
+    plan = make_plan(captured.matches, config, options.include, options.exclude)
+    if not plan.accepted:  # include and exclude left nothing
+        return [match.record for match in plan.matches]
+    earlier = attached_report(root)
+    report = rewrite(root, captured, plan, check=False)
     if earlier is not None:  # an earlier part of the same frame
         layers = (*earlier.layers, *report.layers)
         report = dataclasses.replace(report, layers=layers, params_dense=earlier.params_dense)
-        root.__dict__["_moefy_report"] = report
-    return [m.record for m in found.matches]
+        attach_report(root, report)
+    return [match.record for match in plan.matches]
 
 
-def _record(root: nn.Module, matched: int, note: str, nodes: int, start: float) -> None:
-    record = PassRecord(
-        name=NAME,
-        matched=matched,
-        nodes_before=nodes,
-        nodes_after=nodes,
-        ms=(time.perf_counter() - start) * 1e3,
-        note=f"{type(root).__name__}" + (f"; refused: {note}" if note else ""),
-    )
-    base.add_run(graph_name(), (record,))
-    log.info("%s: %d layers of %s", NAME, matched, record.note)
+def _note(root: nn.Module, refused: str) -> str:
+    return type(root).__name__ + (f"; refused: {refused}" if refused else "")
+
+
+def _keep(record: PassRecord) -> None:
+    add_run(graph_name(), (record,))
+    log.info("%s: %d layers of %s", record.name, record.matched, record.note)
 
 
 def _refusals(candidates: Sequence[Any]) -> str:

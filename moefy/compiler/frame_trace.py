@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moefy.passes.trace.recorder import ROOT_CALL, ModuleCall, Trace, trace_graph
+from moefy.passes.trace import ROOT_CALL, ModuleCall, Trace, trace_graph
 
 SOURCE = "dynamo graph"
 

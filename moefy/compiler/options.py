@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from moefy.config import MoEConfig
 from moefy.errors import ConfigError, UnknownOption
-from moefy.passes import base
+from moefy.passes.pipeline import check_names
 from moefy.records import Selection
 
 Inner = Literal["inductor", "aot_eager", "eager"]
@@ -52,7 +52,7 @@ class CompileOptions:
         """Refuse values outside their domain."""
         if self.inner not in get_args(Inner):
             raise ConfigError("inner", got=self.inner, expected=f"one of {get_args(Inner)}")
-        base.check_names(self.disable)
+        check_names(self.disable)
         _check_inductor(self)
         if self.moe is None and (self.include is not None or self.exclude is not None):
             raise ConfigError("include/exclude", got="num_experts=None", expected="num_experts")
@@ -95,6 +95,19 @@ def inductor_patches(options: CompileOptions) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     return {**(list_mode_options(options.mode) if options.mode else {}), **options.inductor}
+
+
+def with_hooks(patches: Mapping[str, Any], hooks: Mapping[str, Any]) -> dict[str, Any]:
+    """``patches`` and the hooks of the registered passes.
+
+    Raises:
+        ConfigError: the user patches a hook that passes need.
+    """
+    for name in hooks:
+        if name in patches:
+            expected = "no patch of it: registered passes run there"
+            raise ConfigError(f"inductor[{name!r}]", got=patches[name], expected=expected)
+    return {**patches, **hooks}
 
 
 def _check_inductor(options: CompileOptions) -> None:

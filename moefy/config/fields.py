@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moefy.errors import UnknownOption
+from moefy.errors import ConfigError, UnknownOption
 
 
 def from_fields(cls: Any, data: dict[str, Any]) -> Any:
@@ -26,6 +26,17 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < float("inf")
 
 
-def is_int(value: Any, least: int) -> bool:
-    """Whether it is an int of at least ``least``."""
-    return not isinstance(value, bool) and isinstance(value, int) and value >= least
+def is_int(value: Any, least: int | None = None) -> bool:
+    """Whether it is an int, of at least ``least``."""
+    return not isinstance(value, bool) and isinstance(value, int) and (least is None or value >= least)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """``value``, an int of at least 1.
+
+    Raises:
+        ConfigError: for any other value of the option ``name``.
+    """
+    if not is_int(value, 1):
+        raise ConfigError(name, got=value, expected="an int >= 1")
+    return value

@@ -1,1 +1,1 @@
-"""A live model, as several stages need it: its names, quiet runs, comparing outputs, what forbids a change."""
+"""A live model, as every stage needs it: dotted paths, quiet runs, comparing outputs, what forbids a change."""

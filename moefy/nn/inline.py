@@ -6,12 +6,14 @@ Contract: ``fc2(dropout(gelu(fc1(x))))`` inside a block becomes an MoE by swappi
     gelu, dropout, ...       the user's code, on the rows
     fc2 = ExitLinear(...)    rows -> tokens, weighted over each token's experts
 
-With several entries (``w2(silu(w1(x)) * w3(x))``) the first one, the leader, owns the router and routes afresh at
-each call. It attaches the routing to the tensor ``x`` itself; the others read it there, the last one removes it. So
-they share one routing also when the router is noisy, when a checkpoint runs the block again on the same ``x``, and when
-the same FFN is called several times.
+The first entry, the leader, owns the router and the dispatcher. At each call it routes and begins an ``Exchange``,
+which the rows carry to the exit. With several entries (``w2(silu(w1(x)) * w3(x))``) the leader also attaches the
+exchange to the tensor ``x`` itself; the others read it there, the last one removes it. So all entries share one
+routing, also when the router is noisy, when a checkpoint runs the block again on the same ``x``, and when the same FFN
+is called several times. Each entry dispatches ``x`` itself under the shared plan, since the user's code may write to
+``x`` between two entries.
 
-``make_fx`` and non-strict ``torch.export`` lose tensor subclasses. There the routing waits in the ``FFNLink`` that the
+``make_fx`` and non-strict ``torch.export`` lose tensor subclasses. There the exchange waits in the ``FFNLink`` that the
 entries and the exit share.
 """
 
@@ -25,65 +27,65 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moefy.errors import RoutingError, ShapeError
-from moefy.nn import functional
-from moefy.nn.assign import assign
+from moefy.nn.dispatch import LOCAL, Dispatcher, Exchange, begin_exchange, expert_entry, expert_exit
+from moefy.nn.execution import assign
 from moefy.nn.experts.linear import ExpertLinear
 from moefy.nn.routed_rows import Mark, Ticket, mark_of, with_mark
 from moefy.nn.routers import Router
-from moefy.nn.routing.routing import Routing
+from moefy.nn.routing.layout import feature_axis
 
 SOURCE_ATTRIBUTE = "_moefy_routing_by_ffn"
-MAX_WAITING = 3  # routings whose exit never came (an error in the body) are dropped behind these
+MAX_WAITING = 3  # exchanges whose exit never came (an error in the body) are dropped behind these
 
 
 class FFNLink:
-    """What the entries and the exit of one FFN share: its name, and the routings that wait for the exit.
+    """What the entries and the exit of one FFN share: its name, and the exchanges that wait for the exit.
 
-    Rows carry their routing themselves. The link is for two cases. Inside a compiled frame rows carry
-    a ``Ticket`` and the routing waits here: tensors that hang on the rows would become outputs of a
+    Rows carry their exchange themselves. The link is for two cases. Inside a compiled frame rows carry
+    a ``Ticket`` and the exchange waits here: tensors that hang on the rows would become outputs of a
     higher-order op in the body, and that of ``autograd.Function`` drops their gradients. And where a
     body loses the subclass (``make_fx``, ``torch.jit.script``, functions that Dynamo does not dispatch)
-    the exit takes what waits, which is the routing of the FFN's last call.
+    the exit takes the exchange that waits, which is that of the FFN's last call.
 
-    Copies and pickles drop the routings; ``deepcopy`` of a whole FFN gives its parts one new link.
+    Copies and pickles drop the exchanges; ``deepcopy`` of a whole FFN gives its parts one new link.
     """
 
     def __init__(self, name: str = "") -> None:
         self.name = name
-        self.compiled: tuple[tuple[Ticket, Routing], ...] = ()
+        self.compiled: tuple[tuple[Ticket, Exchange], ...] = ()
         self.eager = threading.local()  # DataParallel runs replicas that share the link in threads
 
-    def put(self, routing: Routing) -> Mark:
-        """Leave ``routing`` for the exit and return the mark for the rows."""
+    def put(self, exchange: Exchange) -> Mark:
+        """Leave ``exchange`` for the exit and return the mark for the rows."""
         if torch.compiler.is_dynamo_compiling():
             ticket = Ticket()
-            assign(self, "compiled", (*self.compiled[-MAX_WAITING:], (ticket, routing)))
+            assign(self, "compiled", (*self.compiled[-MAX_WAITING:], (ticket, exchange)))
             return ticket
-        self.eager.routing = routing
+        self.eager.exchange = exchange
         if self.compiled:
             self.compiled = ()
-        return routing
+        return exchange
 
-    def take(self, mark: Mark | None) -> Routing | None:
-        """The routing that ``mark`` stands for; without a mark that of the last call."""
-        if isinstance(mark, Routing):
+    def take(self, mark: Mark | None) -> Exchange | None:
+        """The exchange that ``mark`` stands for; without a mark that of the last call."""
+        if isinstance(mark, Exchange):
             self._forget()
             return mark
-        for ticket, routing in self.compiled:
+        for ticket, exchange in self.compiled:
             if mark is ticket or (mark is None and len(self.compiled) == 1):
                 left = tuple(pair for pair in self.compiled if pair[0] is not ticket)
                 assign(self, "compiled", left)
-                return routing
+                return exchange
         if mark is not None or torch.compiler.is_dynamo_compiling():
             return None
-        routing = getattr(self.eager, "routing", None)
+        exchange = getattr(self.eager, "exchange", None)
         self._forget()
-        return routing
+        return exchange
 
     def _forget(self) -> None:
-        """Drop what waits in eager mode."""
+        """Drop the exchange that waits in eager mode."""
         if not torch.compiler.is_dynamo_compiling():
-            self.eager.routing = None
+            self.eager.exchange = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name}
@@ -111,9 +113,13 @@ class EntryLinear(ExpertLinear):
         device: where the parameters live.
         dtype: their dtype.
 
+    The leader's ``dispatcher`` moves the rows of the whole FFN; see ``moefy.nn.dispatch``.
+
     Raises:
         RoutingError: from ``forward`` of a follower when its leader did not see the same tensor before.
     """
+
+    dispatcher: Dispatcher[Any] = LOCAL
 
     def __init__(
         self,
@@ -138,23 +144,15 @@ class EntryLinear(ExpertLinear):
             self.router = router
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of ``x``'s rank that carry their routing."""
-        axis = functional.feature_axis(x.dim(), self.feature_dim)
+        """Rows of ``x``'s rank that carry their exchange."""
+        axis = feature_axis(x.dim(), self.feature_dim)
         if x.shape[axis] != self.in_features:
             raise ShapeError(
                 f"{self.link.name}: expected {self.in_features} features on axis "
                 f"{self.feature_dim}; got {tuple(x.shape)}"
             )
-        routing, mark = self._lead(x) if self.index == 0 else self._follow(x)
-        rows = functional.expert_entry(
-            x,
-            self.weight,
-            self.bias,
-            routing.order,
-            routing.offsets,
-            routing.top_k,
-            feature_dim=self.feature_dim,
-        )
+        exchange, mark = self._lead(x) if self.index == 0 else self._follow(x)
+        rows = expert_entry(x, self.weight, self.bias, exchange)
         return with_mark(rows, mark) if carries_subclass(x) else rows
 
     @property
@@ -163,16 +161,16 @@ class EntryLinear(ExpertLinear):
         router = self._modules.get("router")
         return router.l_aux if isinstance(router, Router) else None
 
-    def _lead(self, x: torch.Tensor) -> tuple[Routing, Mark]:
-        """Route ``x``; leave the routing on it for the other entries and on the link for the exit."""
-        routing = self.router(x, self.feature_dim)
-        mark = self.link.put(routing)
+    def _lead(self, x: torch.Tensor) -> tuple[Exchange, Mark]:
+        """Route ``x``; leave the exchange on it for the other entries and on the link for the exit."""
+        exchange = begin_exchange(self.dispatcher, x, self.router(x, self.feature_dim))
+        mark = self.link.put(exchange)
         if self.count > 1:
-            assign(x, SOURCE_ATTRIBUTE, (self.link, routing, mark))
-        return routing, mark
+            assign(x, SOURCE_ATTRIBUTE, (self.link, exchange, mark))
+        return exchange, mark
 
-    def _follow(self, x: torch.Tensor) -> tuple[Routing, Mark]:
-        """The routing that the leader left on ``x``, and its mark."""
+    def _follow(self, x: torch.Tensor) -> tuple[Exchange, Mark]:
+        """The exchange that the leader left on ``x``, and its mark."""
         left = getattr(x, SOURCE_ATTRIBUTE, None)
         if left is None or left[0] is not self.link:
             raise RoutingError(
@@ -218,25 +216,15 @@ class ExitLinear(ExpertLinear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Tokens in the leading shape that was routed, a plain tensor."""
-        routing = self.link.take(mark_of(rows))
-        if routing is None:
+        exchange = self.link.take(mark_of(rows))
+        if exchange is None:
             raise RoutingError(
                 f"{self.link.name}: the exit got rows without a routing. Something between the "
                 "entry and the exit returned a plain tensor: a compiled region that ends there, or "
                 "an extension that ignores tensor subclasses"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            y = functional.expert_exit(
-                rows,
-                self.weight,
-                self.bias,
-                routing.top_k_weights,
-                routing.order,
-                routing.offsets,
-                routing.leading,
-                feature_dim=self.feature_dim,
-            )
-            return functional.add_residual(y, routing)
+            return expert_exit(rows, self.weight, self.bias, exchange)
 
 
 def carries_subclass(x: torch.Tensor) -> bool:

@@ -20,20 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from moefy.config import AuxLoss, Capacity, RouterSpec, default_top_k
+from moefy.config.fields import is_int, positive_int
 from moefy.errors import ConfigError, ShapeError
-from moefy.nn import functional
-from moefy.nn.experts import token_tree
+from moefy.nn.dispatch import LOCAL, Dispatcher
 from moefy.nn.experts.activation import Activation, body_of
 from moefy.nn.experts.body import Body
 from moefy.nn.experts.input_weighting import sum_slots, weight_inputs
 from moefy.nn.experts.linear import ExpertLinear
-from moefy.nn.experts.modules import ExpertList, Experts, make_experts, size
+from moefy.nn.experts.modules import ExpertList, Experts, make_experts
 from moefy.nn.experts.replacement import replace_rows, routed_mask
 from moefy.nn.experts.shared import DenseFFN, shared_output
 from moefy.nn.experts.stacked import WeightRef, run_stacked, stacked_parameters
-from moefy.nn.experts.token_tree import Tree
 from moefy.nn.routers import Router, RouterLike, make_router
+from moefy.nn.routing import token_tree
+from moefy.nn.routing.layout import numel
 from moefy.nn.routing.routing import Routing
+from moefy.nn.routing.token_tree import Tree
 from moefy.nn.seeding import seeded
 
 
@@ -86,7 +88,8 @@ class MoE(nn.Module):
         ``gate_proj.weight [E, H, D]``, biases ``[E, out]``, ``router.weight [E, D]``; ``experts.<e>...`` in the place
         of the projections; ``shared_experts...`` and ``shared_gate.weight [1, D]``.
 
-    To observe every routing, register a forward hook on ``router``: its output is a ``moefy.nn.Routing``.
+    To observe every routing, register a forward hook on ``router``: its output is a ``moefy.nn.Routing``. The attribute
+    ``dispatcher`` moves tokens to the experts and back; see ``moefy.nn.dispatch``.
 
     ``torch.compile(fullgraph=True)`` takes FFN experts with any traceable activation, and modules as experts under a
     capacity with a factor > 0, whose static shapes need no sizes; without one such experts run eagerly, behind a graph
@@ -101,6 +104,7 @@ class MoE(nn.Module):
     """
 
     router: Router
+    dispatcher: Dispatcher[Any] = LOCAL
     entries: tuple[WeightRef, ...]
     exit: WeightRef
     body: Body
@@ -133,7 +137,7 @@ class MoE(nn.Module):
         super().__init__()
         d_out = d_model if d_out is None else d_out
         for name, value in (("d_model", d_model), ("d_out", d_out), ("reserve_dims", reserve_dims)):
-            size(name, value)
+            positive_int(name, value)
         if weighting not in ("output", "input"):
             raise ConfigError("weighting", got=weighting, expected="'output' or 'input'")
         self.d_model, self.d_out, self.reserve_dims, self.weighting = d_model, d_out, reserve_dims, weighting
@@ -167,7 +171,7 @@ class MoE(nn.Module):
         if experts is not None:
             self.experts, num_experts = make_experts(experts, num_experts)
             return num_experts
-        hidden, num_experts = size("d_hidden", d_hidden), size("num_experts", num_experts)
+        hidden, num_experts = positive_int("d_hidden", d_hidden), positive_int("num_experts", num_experts)
         self.body, module = body_of(ffn["activation"], ffn["glu"])
         if module is not None:
             self.activation = module
@@ -190,10 +194,10 @@ class MoE(nn.Module):
         """The shared experts and their gate, or ``None``."""
         if isinstance(shared, nn.Module):
             self.shared_experts: nn.Module | None = shared
-        elif isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
+        elif not is_int(shared, 0):
             raise ConfigError("shared_experts", got=shared, expected="an int >= 0 or an nn.Module")
         elif shared:
-            hidden = shared * size("shared_hidden", d_hidden)
+            hidden = shared * positive_int("shared_hidden", d_hidden)
             self.shared_experts = DenseFFN(self.d_model, hidden, self.d_out, **ffn, **like)
         else:
             self.shared_experts = None
@@ -203,7 +207,7 @@ class MoE(nn.Module):
 
     @property
     def top_k(self) -> int:
-        """K, experts per token."""
+        """K, experts per token: the router's."""
         return self.router.top_k
 
     @property
@@ -212,7 +216,7 @@ class MoE(nn.Module):
         return self.router.l_aux
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
-        """The router's parameters."""
+        """The parameters of the router alone."""
         return self.router.parameters()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
@@ -222,7 +226,7 @@ class MoE(nn.Module):
         return (value for value in values if isinstance(value, nn.Parameter))
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """All others, which every token passes: shared experts, their gate, a learnable activation."""
+        """All other parameters, which every token passes: shared experts, their gate, a learnable activation."""
         others = {id(p) for p in (*self.router_parameters(), *self.expert_parameters())}
         return (p for p in self.parameters() if id(p) not in others)
 
@@ -285,7 +289,7 @@ class MoE(nn.Module):
         return token_tree.map_leaves(lambda leaf: replace_rows(leaf, replace_ids, rows), y)
 
     def _with_shared(self, x: Tree, y: Tree) -> Tree:
-        """``y`` and what the shared experts add."""
+        """``y`` plus the output of the shared experts, where there are any."""
         if self.shared_experts is None:
             return y
         return y + shared_output(self.shared_experts, self.shared_gate, self._as_vectors(x)).reshape(y.shape)
@@ -293,7 +297,7 @@ class MoE(nn.Module):
     def _as_vectors(self, x: Tensor) -> Tensor:
         """``[..., D]`` of tokens that may have several axes."""
         axes = self.reserve_dims
-        if not isinstance(x, Tensor) or x.dim() < axes or functional.count(x.shape[-axes:]) != self.d_model:
+        if not isinstance(x, Tensor) or x.dim() < axes or numel(x.shape[-axes:]) != self.d_model:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ShapeError(
                 f"the last {axes} axes of the input hold {self.d_model} features; got {got}"
@@ -303,43 +307,43 @@ class MoE(nn.Module):
         return x if axes == 1 else x.reshape(*x.shape[:-axes], self.d_model)
 
     def _run_ffn(self, x: Tree, routing: Routing) -> Tensor:
-        """The experts that are stacked weights."""
-        x = self._as_vectors(x)
+        """The output of experts that are stacked weights."""
+        x, layout = self._as_vectors(x), routing.layout
         if self.weighting == "input":
-            x_ND, slots = weight_inputs(functional.as_tokens(x), routing)
-            y_TD = sum_slots(run_stacked(self, x_ND, slots), routing)
-            y = functional.from_tokens(y_TD, routing.leading, routing.feature_dim)
+            x_ND, slots = weight_inputs(layout.to_tokens(x), routing)
+            y_TD = sum_slots(run_stacked(self, x_ND, slots, self.dispatcher), routing)
+            y = layout.from_tokens(y_TD)
         else:
-            y = run_stacked(self, x, routing)
-        if routing.residual is None:
+            y = run_stacked(self, x, routing, self.dispatcher)
+        if routing.stranded is None:
             return y
-        y_TD = token_tree.pass_through(functional.as_tokens(y), functional.as_tokens(x), routing)
-        return functional.from_tokens(y_TD, routing.leading, routing.feature_dim)
+        y_TD = token_tree.pass_through(layout.to_tokens(y), layout.to_tokens(x), routing.stranded)
+        return layout.from_tokens(y_TD)
 
     def _run_modules(self, x: Tree, routing: Routing) -> Tree:
-        """The experts that are modules."""
-        rows = token_tree.flatten(x, routing.leading)
+        """The output of experts that are modules, a tensor or a tree."""
+        tokens = token_tree.flatten(x, routing.leading)
         if self.weighting == "input":
-            rows_N, slots = weight_inputs(rows, routing)
-            y = sum_slots(self._sorted_modules(rows_N, slots), routing)
+            tokens_N, slots = weight_inputs(tokens, routing)
+            y = sum_slots(self._exchange_modules(tokens_N, slots), routing)
         else:
-            y = self._sorted_modules(rows, routing)
-        y = token_tree.pass_through(y, rows, routing) if routing.residual is not None else y
+            y = self._exchange_modules(tokens, routing)
+        y = y if routing.stranded is None else token_tree.pass_through(y, tokens, routing.stranded)
         return token_tree.unflatten(y, routing.leading)
 
-    def _sorted_modules(self, rows: Tree, routing: Routing) -> Tree:
-        """Rows to the experts in their order, and back to tokens."""
-        rows_N = token_tree.permute(rows, routing)
+    def _exchange_modules(self, tokens: Tree, routing: Routing) -> Tree:
+        """Tokens to the modules that own them, and back."""
+        rows, offsets_E, handle = self.dispatcher.dispatch(tokens, routing)
         if not isinstance(self.experts, ExpertList):
-            return token_tree.combine(self.experts(rows_N, routing.offsets), routing)
+            return self.dispatcher.combine(self.experts(rows, offsets_E), handle)
         # On CUDA and in a graph static shapes are worth the empty seats; in eager mode on the CPU sizes cost nothing.
-        static = torch.compiler.is_compiling() or routing.offsets.device.type != "cpu"
-        capacity = routing.capacity
-        seats = max(capacity, 1) if static and not isinstance(capacity, Tensor | None) else None
-        return token_tree.combine(self.experts(rows_N, routing.offsets, seats), routing)
+        static = torch.compiler.is_compiling() or offsets_E.device.type != "cpu"
+        limit = self.dispatcher.row_limit(routing) if static else None
+        seats = None if limit is None else max(limit, 1)
+        return self.dispatcher.combine(self.experts(rows, offsets_E, seats), handle)
 
     def extra_repr(self) -> str:
-        """Experts, top-k and body."""
+        """Number of experts, top-k and body."""
         if "experts" in self._modules:
             return f"experts={self.num_experts}, top_k={self.top_k}"
         known = self.body.known

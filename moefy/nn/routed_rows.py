@@ -1,4 +1,4 @@
-"""``RoutedRows``: rows sorted by expert, as a tensor that carries its routing through a user's code.
+"""``RoutedRows``: rows sorted by expert, as a tensor that carries its exchange through a user's code.
 
 Contract: between the entry and the exit of an FFN lies code that moefy did not write. The entry
 returns ``RoutedRows``, each torch function on them returns ``RoutedRows`` with the same mark, and the
@@ -6,10 +6,10 @@ exit reads it. The mark is found in args, kwargs and nested containers; rows of 
 Only ``__torch_function__`` is overridden: below it the rows are a plain tensor, which is why autograd,
 checkpointing, vmap and Dynamo need no special case.
 
-A mark is the ``Routing`` itself, or inside a compiled frame a ``Ticket`` for it (see ``FFNLink``).
+A mark is the ``Exchange`` itself, or inside a compiled frame a ``Ticket`` for it (see ``FFNLink``).
 
-    >>> h = with_mark(rows, routing)
-    >>> mark_of(F.gelu(h)) is routing
+    >>> h = with_mark(rows, exchange)
+    >>> mark_of(F.gelu(h)) is exchange
     True
 """
 
@@ -24,14 +24,14 @@ from torch._ops import OpOverload
 from torch.overrides import get_default_nowrap_functions
 
 from moefy.errors import RoutingError
-from moefy.nn.routing.routing import Routing
+from moefy.nn.dispatch import Exchange
 
 
 class Ticket:
-    """Stands for one routing inside a compiled frame; only its identity counts."""
+    """Stands for one exchange inside a compiled frame; only its identity counts."""
 
 
-Mark = Routing | Ticket
+Mark = Exchange | Ticket
 
 
 class RoutedRows(torch.Tensor):
@@ -57,13 +57,13 @@ class RoutedRows(torch.Tensor):
         return rewrap(out, mark)
 
     def split(self, split_size: Any, dim: int = 0) -> Any:  # type: ignore[override]
-        """``torch.split``: Dynamo cannot call what ``torch.Tensor`` defines in Python on a subclass."""
+        """``torch.split``, since Dynamo cannot call on a subclass what ``torch.Tensor`` defines in Python."""
         if torch.compiler.is_dynamo_compiling():
             return torch.split(self, split_size, dim)
         return super().split(split_size, dim)
 
     def unflatten(self, dim: Any, sizes: Any) -> Any:  # type: ignore[override]
-        """``torch.unflatten``, as ``split``."""
+        """``torch.unflatten``, for the same reason as ``split``."""
         if torch.compiler.is_dynamo_compiling():
             return torch.unflatten(self, dim, sizes)
         return super().unflatten(dim, sizes)
@@ -94,7 +94,7 @@ OPERATORS = {
 
 
 def with_mark(rows: torch.Tensor, mark: Mark) -> RoutedRows:
-    """``rows`` as ``RoutedRows`` that carry ``mark``."""
+    """``rows`` as ``RoutedRows`` that carry ``mark``; a view of the same tensor."""
     admit_to_compiled_frames()
     routed = rows.as_subclass(RoutedRows)
     routed.moefy_mark = mark
@@ -121,7 +121,7 @@ admit_to_compiled_frames._dynamo_marked_constant = True  # type: ignore[attr-def
 
 
 def mark_of(rows: Any) -> Mark | None:
-    """The mark that ``rows`` carry, or ``None``."""
+    """The mark that ``rows`` carry; ``None`` for a tensor that carries none."""
     return getattr(rows, "moefy_mark", None) if isinstance(rows, RoutedRows) else None
 
 

@@ -10,12 +10,13 @@ candidate, ``PassRecord`` what a graph pass did. ``KnownBody`` names what lies b
 
 from moefy.records.body import GLU, GLU_FORMS, KnownBody
 from moefy.records.graph_pass import PassRecord
-from moefy.records.layer import Action, LayerRecord
+from moefy.records.layer import NOT_EXACT, Action, LayerRecord
 from moefy.records.match import FFNMatch, Form, Kind, Selection
 
 __all__ = [
     "GLU",
     "GLU_FORMS",
+    "NOT_EXACT",
     "Action",
     "FFNMatch",
     "Form",

@@ -12,6 +12,8 @@ from typing import Literal
 from moefy.records.match import Form, Kind
 
 Action = Literal["moe", "skipped"]
+NOT_EXACT = "not exact"
+"""``LayerRecord.exactness`` of a layer whose router departs from the dense FFN by itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

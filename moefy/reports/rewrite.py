@@ -17,15 +17,13 @@ from textwrap import wrap
 from typing import Any
 
 from moefy.config import MoEConfig, router_name
-from moefy.records import LayerRecord, PassRecord
+from moefy.records import NOT_EXACT, LayerRecord, PassRecord
 from moefy.reports.base import SCHEMA_VERSION, Report
 from moefy.reports.environment import environment
 from moefy.reports.rewrite_tables import layers_table, passes_table, skipped_table, totals_table
 from moefy.reports.text import tables
 from moefy.reports.text.folding import fold
 
-NOT_EXACT = "not exact"
-"""``LayerRecord.exactness`` of a layer whose router departs from the dense FFN by itself."""
 _UNITS = {"flops_dense": "flops_per_token_dense", "flops_active": "flops_per_token_active"}
 
 

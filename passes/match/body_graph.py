@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from moefy.passes.match.regions import Region, keeps_last_axis
-from moefy.passes.trace.recorder import ModuleCall, Trace
+from moefy.passes.trace import ModuleCall, Trace
 from moefy.passes.trace.vocabulary import DROPOUTS, RESHAPES, op_name, tensor_inputs
 
 
@@ -44,7 +45,12 @@ def tail_graph(trace: Trace, region: Region, owner: str) -> fx.Graph | None:
 
 
 def _copy_nodes(
-    trace: Trace, inputs: list[fx.Node], nodes: list[fx.Node], output: fx.Node, axis: int, owner: str | None
+    trace: Trace,
+    inputs: list[fx.Node],
+    nodes: Sequence[fx.Node],
+    output: fx.Node,
+    axis: int,
+    owner: str | None,
 ) -> fx.Graph:
     graph = fx.Graph()
     env = {node: graph.placeholder(f"rows_{index}") for index, node in enumerate(inputs)}
@@ -126,7 +132,7 @@ def _child_calls(trace: Trace, body: set[fx.Node], owner: str | None) -> dict[in
     return found
 
 
-def _is_element_wise_call(call: ModuleCall, nodes: list[fx.Node], trace: Trace, owner: str) -> bool:
+def _is_element_wise_call(call: ModuleCall, nodes: Sequence[fx.Node], trace: Trace, owner: str) -> bool:
     inside = sum(
         1 for n in trace.graph.nodes if n.op == "call_function" and call.start <= n.meta["seq"] < call.end
     )

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from moefy.passes.trace.recorder import Trace
+from moefy.passes.trace import Trace
 from moefy.passes.trace.vocabulary import (
     CASTS,
     CONVS,
@@ -51,11 +51,11 @@ class LinearSite:
     bias_node: fx.Node | None = None
     bare: fx.Node | None = None
 
-    def leave_bias_outside(self) -> None:
-        """Give the ``+ b`` behind the linear back: the owner answers ``(out, bias)`` and its caller adds them."""
+    def without_added_bias(self) -> LinearSite:
+        """The site without the ``+ b`` behind it: the owner returns ``(out, bias)``, and its caller adds them."""
         assert self.bare is not None
-        self.nodes.discard(self.out)
-        self.out, self.bare, self.bias_node = self.bare, None, None
+        nodes = self.nodes - {self.out}
+        return dataclasses.replace(self, nodes=nodes, out=self.bare, bare=None, bias_node=None)
 
     @property
     def node_call(self) -> int | None:

@@ -2,7 +2,7 @@
 
 ``find_regions`` walks up from every linear through whatever is element-wise (and, noting an *issue*, through norms,
 convolutions, concatenations) until only linears are left. A candidate is a region with an activation, or a product of
-two branches, whose entries read one source. Whether a candidate may become an MoE is decided in ``match_ffn``.
+two branches, whose entries read one source. ``refusals`` says whether a candidate may become an MoE.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from moefy.passes.match.linears import LinearSite
-from moefy.passes.trace.recorder import Trace
+from moefy.passes.trace import Trace
 from moefy.passes.trace.vocabulary import (
     CASTS,
     CONCATS,
@@ -39,13 +39,13 @@ from moefy.passes.trace.vocabulary import (
 MAX_BODY = 256
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Region:
     """Entries, body and exit of one candidate at one place of the trace.
 
     ``body`` holds the nodes strictly between (parameter expressions included, linears not), in execution order.
     ``issues`` maps a reason code to its text, for what a body must not contain. ``tail`` is the dropout that the
-    owner applies to the exit's output, when the owner's whole forward is the FFN.
+    owner applies to the exit's output, when the owner's whole forward is the FFN (``placement`` finds it).
     """
 
     entries: list[LinearSite]
@@ -54,7 +54,7 @@ class Region:
     issues: dict[str, str]
     source: fx.Node
     same_source: bool
-    tail: list[fx.Node] = dataclasses.field(default_factory=list)
+    tail: tuple[fx.Node, ...] = ()
 
     @property
     def key(self) -> tuple[tuple[str, ...], str]:
@@ -66,6 +66,11 @@ class Region:
         """The feature axis of the source, counted from the back: -1, or -3 for a 1x1 ``nn.Conv2d``."""
         axis = self.exit.axis
         return -1 if axis == -1 else axis - len(self.source.meta["shape"])
+
+    @property
+    def sites(self) -> list[LinearSite]:
+        """The entries in the order of their calls, then the exit."""
+        return [*self.entries, self.exit]
 
     def nodes(self) -> set[fx.Node]:
         """All call nodes of entries, body and exit, and the reshapes and casts between body and exit."""

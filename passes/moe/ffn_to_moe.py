@@ -1,7 +1,7 @@
 """The pass that writes MoE into a caller's graph: entry, body and exit nodes become routed ones.
 
     linear(x, w1) -> gelu -> linear(., w2)
-    router -> routing = route_by(router, x) -> routed_entry(x, W1, ., routing) -> gelu -> routed_exit(., W2, ., routing)
+    exchange = route_by(router, x) -> expert_entries(x, [W1], exchange) -> gelu -> expert_exit(., W2, exchange)
 
 The router is a ``get_attr`` node of its module, so that any router does. The weights are ``get_attr`` nodes under their
 dense FQNs, which by then hold stacked experts. Preserves numerics to rounding when the experts are copies and the
@@ -11,17 +11,18 @@ router's weights sum to 1.
 from __future__ import annotations
 
 import dataclasses
-import time
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import fx
 
-from moefy.nn import functional
+from moefy.nn import dispatch
+from moefy.passes.match import Match
 from moefy.passes.match.body_graph import body_graph
 from moefy.passes.match.regions import Region
-from moefy.passes.match.rules import Match
-from moefy.passes.trace.recorder import Trace
+from moefy.passes.pipeline import recording
+from moefy.passes.trace import Trace
 from moefy.passes.trace.vocabulary import RESHAPES, op_name
 from moefy.records import PassRecord
 
@@ -39,30 +40,30 @@ class GraphMatch:
 
 def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph, PassRecord]:
     """A copy of ``graph`` with every match rewritten, and the record of the pass."""
-    start, before = time.perf_counter(), len(graph.nodes)
+    rewritten, copies = _copy(graph)
+    with recording(NAME, lambda: len(rewritten.nodes)) as run:
+        run.matched = len(matches)
+        for match in matches:
+            for region in match.match.regions:
+                last = _rewrite(rewritten, copies, match, region)
+                dense = [copies[o] for n in region.nodes() if (o := n.meta.get("origin")) in copies]
+                _erase(rewritten, [*dense, last])
+        rewritten.lint()
+    return rewritten, run.record
+
+
+def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of ``graph``, and its node for each of the old ones."""
     copies: dict[fx.Node, fx.Node] = {}
-    rewritten = fx.Graph()
-    output = rewritten.graph_copy(graph, copies, return_output_node=True)
+    copied = fx.Graph()
+    output = copied.graph_copy(graph, copies, return_output_node=True)
     if output is not None:
         value, old_output = cast("tuple[Any, fx.Node]", output)
-        node = rewritten.output(value)
+        node = copied.output(value)
         node.meta.update(old_output.meta)
         copies[old_output] = node
-    rewritten._codegen = graph._codegen
-    for match in matches:
-        for region in match.match.regions:
-            last = _rewrite(rewritten, copies, match, region)
-            dense = [copies[o] for n in region.nodes() if (o := n.meta.get("origin")) in copies]
-            _erase(rewritten, [*dense, last])
-    rewritten.lint()
-    record = PassRecord(
-        name=NAME,
-        matched=len(matches),
-        nodes_before=before,
-        nodes_after=len(rewritten.nodes),
-        ms=1e3 * (time.perf_counter() - start),
-    )
-    return rewritten, record
+    copied._codegen = graph._codegen
+    return copied, copies
 
 
 def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch, region: Region) -> fx.Node:
@@ -71,18 +72,17 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
     last = _last_of_exit(copies[region.exit.out.meta["origin"]], region)
     with graph.inserting_before(last):
         router = graph.get_attr(match.router)
-        routing = _leaf(graph, functional.route_by, (router, x), {"feature_dim": axis})
-        rows = [
-            _leaf(graph, functional.routed_entry, (x, *_weights(graph, entry.weight, entry.bias), routing))
-            for entry in region.entries
-        ]
+        exchange = _leaf(graph, dispatch.route_by, (router, x), {"feature_dim": axis})
+        linears = [_weights(graph, entry.weight, entry.bias) for entry in region.entries]
+        entries = _leaf(graph, dispatch.expert_entries, (x, linears, exchange))
+        rows = [graph.call_function(operator.getitem, (entries, i)) for i in range(len(linears))]
         body = body_graph(match.trace, region, "")
         inner: dict[fx.Node, fx.Node] = dict(
             zip((n for n in body.nodes if n.op == "placeholder"), rows, strict=True)
         )
         hidden = graph.graph_copy(body, inner)
         linear = _weights(graph, region.exit.weight, region.exit.bias)
-        out = _leaf(graph, functional.routed_exit, (hidden, *linear, routing))
+        out = _leaf(graph, dispatch.expert_exit, (hidden, *linear, exchange))
     last.replace_all_uses_with(out)
     return last
 

@@ -20,9 +20,11 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from moefy import ops
-from moefy.passes.base import Pass, graph_modules, register_pass
+from moefy.passes.base import Pass
+from moefy.passes.graphs import graph_modules
 from moefy.passes.match.classify_body import classify_body
 from moefy.passes.moe.expert_regions import ExpertRegion, find_expert_regions
+from moefy.passes.pipeline import register_pass
 from moefy.records import KnownBody
 
 # Bodies are probed with the graph's own number of rows while that is at most this many values (8 MB in

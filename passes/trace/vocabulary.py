@@ -171,6 +171,14 @@ def op_name(node: fx.Node) -> str:
     return name
 
 
+def qualified_op_name(node: fx.Node) -> str:
+    """What a call node calls, for people: ``"linear"``, ``"moefy.expert_ffn"``."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
 @functools.lru_cache(maxsize=4096)
 def _name_of(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):

@@ -31,6 +31,7 @@ from integration.models import (
     transformed,
 )
 from integration.snapshot import Snapshot
+from moefy.capture import runs
 from moefy.nn import ExpertLinear
 
 X = torch.randn(2, 6, D)
@@ -111,7 +112,7 @@ def test_looking_at_models_leaves_no_trace(name: str, function: Callable[..., An
 def test_caches_hold_no_fake_tensors(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large models are traced on fake tensors: what the forward caches then must not stay."""
     if large:
-        monkeypatch.setattr("moefy.capture.capture.LARGE", 0)
+        monkeypatch.setattr(runs, "LARGE", 0)
     model = noisy()
     before = Snapshot(model)
     report = moefy.report(model, 4, example_args=(X,))

@@ -238,15 +238,15 @@ def test_the_report_says_whether_it_is_exact(name: str) -> None:
 
 
 def test_a_wrong_rewrite_fails_the_check_of_any_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefy.rewrite import modules as surgery
+    from moefy.rewrite.methods import copy
 
     def wrong(dense: Tensor, num_experts: int, layout: Any) -> nn.Parameter:
-        copies = stack(dense, num_experts, layout)
-        copies.data[1] *= 2
-        return copies
+        stacked = copies(dense, num_experts, layout)
+        stacked.data[1] *= 2
+        return stacked
 
-    stack = surgery.stack
-    monkeypatch.setattr(surgery, "stack", wrong)
+    copies = copy.copies
+    monkeypatch.setattr(copy, "copies", wrong)
     with pytest.raises(moefy.errors.CheckFailed):
         moefy.transform(nn.Sequential(Block()), E, router="switch", example_args=(tokens().float(),))
 

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import moefy
 from moefy.config import Capacity
 from moefy.errors import ShapeError
-from moefy.nn import MoE, Router, functional
+from moefy.nn import MoE, Router
+from moefy.nn.dispatch import LOCAL, add_residual, begin_exchange, expert_entry, expert_exit, stranded_tokens
 from moefy.nn.routing.routing import Routing
 from nn import blocks
 from nn.blocks import Conv, Glu, Mlp, assert_same, results, rewrite
@@ -92,9 +93,8 @@ def test_the_layer_equals_the_loop(
 def with_routing(moe: MoE, x: Tensor, routing: Routing) -> Tensor:
     """``moe`` on a routing that was made before."""
     up, down = (([linear.weight, linear.bias]) for linear in (moe.up_proj, moe.down_proj))
-    rows = functional.expert_entry(x, *up, routing.order, routing.offsets, routing.top_k)
-    y = functional.expert_exit(F.gelu(rows), *down, routing.top_k_weights, routing.order, routing.offsets, x)
-    return functional.add_residual(y, routing)
+    exchange = begin_exchange(LOCAL, x, routing)
+    return expert_exit(F.gelu(expert_entry(x, *up, exchange)), *down, exchange)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -192,9 +192,10 @@ def test_no_tokens() -> None:
 
 def test_a_token_cannot_pass_through_another_width() -> None:
     moe = layer(Capacity(factor=0.1, residual=True))
-    routing = moe.router(torch.randn(9, D, dtype=torch.float64))
+    x = torch.randn(9, D, dtype=torch.float64)
+    routing = moe.router(x)
     with pytest.raises(ShapeError, match="residual=False"):
-        functional.add_residual(torch.zeros(9, D + 1), routing)
+        add_residual(torch.zeros(9, D + 1), stranded_tokens(x, routing), routing.layout)
 
 
 POLICIES = [

@@ -1,4 +1,4 @@
-"""``MoE`` by itself and in the place of a user's FFN, its body, its router and the functional core."""
+"""``MoE`` by itself and in the place of a user's FFN, its body, its router, its entry and its exit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 from moefy.errors import ConfigError, RoutingError, ShapeError
-from moefy.nn import Body, ExpertLinear, InPlaceMoE, KnownBody, MoE, Router, WeightRef, functional
+from moefy.nn import Body, ExpertLinear, InPlaceMoE, KnownBody, MoE, Router, WeightRef
+from moefy.nn.dispatch import Exchange, expert_entry, expert_exit, route_by
 from moefy.nn.experts.body import activate
 from moefy.nn.routers import router_init_
+from moefy.nn.routing.layout import as_tokens
 from nn.blocks import assert_same, results
 
 D, H, E, K = 8, 12, 4, 2
@@ -380,25 +382,30 @@ def test_rows_keep_rank_and_feature_axis(
 ) -> None:
     x, router = torch.randn(shape), torch.randn(E, D)
     up, down = torch.randn(E, H, D), torch.randn(E, D, H)
-    weights_TK, order_N, offsets_E = functional.route(x, router, K, feature_dim=feature_dim)
-    h = functional.expert_entry(x, up, None, order_N, offsets_E, K, feature_dim=feature_dim)
+    exchange = exchange_by(x, router, feature_dim)
+    h = expert_entry(x, up, None, exchange)
     assert h.shape == rows
-    y = functional.expert_exit(h, down, None, weights_TK, order_N, offsets_E, x, feature_dim=feature_dim)
+    y = expert_exit(h, down, None, exchange)
     tokens = x.movedim(feature_dim, -1).reshape(-1, D)
     spec = LoopLayer(entries=[(up, None)], exit=(down, None), body=lambda h: h, router_ED=router, top_k=K)
     assert y.shape == x.shape
     assert_same([y.movedim(feature_dim, -1).reshape(-1, D)], [spec(tokens).to(y.dtype)])
 
 
+def exchange_by(x: Tensor, weight_ED: Tensor, feature_dim: int = -1) -> Exchange:
+    """The exchange of ``x`` by a router of that matrix."""
+    router = Router(D, E, K)
+    with torch.no_grad():
+        router.weight.copy_(weight_ED)
+    return route_by(router, x, feature_dim=feature_dim)
+
+
 def test_functional_errors() -> None:
     x = torch.randn(5, D)
     with pytest.raises(ShapeError, match="feature axis"):
-        functional.as_tokens(x, 2)
-    weights_TK, order_N, offsets_E = functional.route(x, torch.randn(E, D), K)
+        as_tokens(x, 2)
     with pytest.raises(RoutingError, match="9 rows"):
-        functional.expert_exit(
-            torch.randn(9, H), torch.randn(E, D, H), None, weights_TK, order_N, offsets_E, x
-        )
+        expert_exit(torch.randn(9, H), torch.randn(E, D, H), None, exchange_by(x, torch.randn(E, D)))
 
 
 def test_expert_linear() -> None:

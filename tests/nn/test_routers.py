@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moefy.config import RouterSpec
 from moefy.errors import ConfigError, RoutingError, ShapeError
 from moefy.nn import Router
-from moefy.nn.routers import ROUTERS, make_router, route_by_token_ids
+from moefy.nn.routers import ROUTERS, make_router, register_router, route_by_token_ids, router_table
 from nn.router_cases import (
     CASES,
     EXPECTED,
@@ -39,6 +39,28 @@ def tokens(count: int = T, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def test_every_name_has_a_case() -> None:
     assert {name for name, _ in CASES.values()} == set(ROUTERS)
+
+
+def test_the_table_is_made_of_the_classes() -> None:
+    lines = router_table().splitlines()
+    for name, cls in ROUTERS.items():
+        assert {"formula", "source"} <= vars(cls).keys(), f"{name} has another router's formula"
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert line.split()[0] == name and cls.formula in line and line.endswith(cls.source)
+    assert "options: jitter=0.01, noise='input', and those of softmax_top_k" in router_table()
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_a_registered_class_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Router):
+        pass
+
+    monkeypatch.setitem(ROUTERS, "mine", Mine)
+    assert register_router("mine")(Mine) is Mine
+    assert type(make_router("mine", D, E, K)) is Mine
+    with pytest.raises(ConfigError, match="a name that Router does not have"):
+        register_router("top_k")(Mine)
+    assert ROUTERS["top_k"] is Router
 
 
 @each

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from moefy.errors import ConfigError, UnknownOption
-from moefy.passes import base
+from moefy.passes import base, graphs, pipeline
 
 
 class ReluToGelu(base.Pass):
@@ -30,8 +30,8 @@ class ReluToGelu(base.Pass):
 
 @pytest.fixture(autouse=True)
 def clean_registry(monkeypatch):
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
-    base.clear_history()
+    monkeypatch.setattr(pipeline, "_registry", dict(pipeline._registry))
+    pipeline.clear_history()
 
 
 def graph_with_relu() -> fx.GraphModule:
@@ -44,12 +44,12 @@ def graph_with_relu() -> fx.GraphModule:
 def test_a_pass_edits_recompiles_and_records():
     gm = graph_with_relu()
     x = torch.randn(5)
-    record = ReluToGelu()(gm)
+    record = pipeline.run_pass(ReluToGelu(), gm)
     assert (record.matched, record.nodes_before, record.nodes_after) == (2, 5, 5)
     assert not record.preserving and record.note == "at most 10" and record.ms >= 0
     torch.testing.assert_close(gm(x), F.gelu(F.gelu(x) + 1))
-    assert base.op_counts(gm) == {"gelu": 2, "add": 1}
-    assert ReluToGelu()(gm).matched == 0
+    assert graphs.op_counts(gm) == {"gelu": 2, "add": 1}
+    assert pipeline.run_pass(ReluToGelu(), gm).matched == 0
 
 
 def test_a_broken_graph_is_caught_by_lint():
@@ -63,7 +63,7 @@ def test_a_broken_graph_is_caught_by_lint():
             return 1
 
     with pytest.raises(RuntimeError, match="defined"):
-        Broken()(graph_with_relu())
+        pipeline.run_pass(Broken(), graph_with_relu())
 
 
 def test_uuid_follows_settings_and_is_stable():
@@ -72,48 +72,81 @@ def test_uuid_follows_settings_and_is_stable():
 
 
 def test_pipeline_order_disable_and_history():
-    base.register_pass(ReluToGelu)
-    assert base.registered_passes()[-1] == "relu_to_gelu"
-    records = base.run_pipeline(graph_with_relu(), graph="mine")
+    pipeline.register_pass(ReluToGelu)
+    assert pipeline.registered_passes()[-1] == "relu_to_gelu"
+    records = pipeline.run_pipeline(graph_with_relu(), graph="mine")
     assert records[-1].name == "relu_to_gelu"
-    assert base.history()[-1] == base.PipelineRun(graph="mine", records=records)
+    assert pipeline.history()[-1] == pipeline.PipelineRun(graph="mine", records=records)
     gm = graph_with_relu()
-    assert "relu_to_gelu" not in [r.name for r in base.run_pipeline(gm, disable=("relu_to_gelu",))]
-    assert base.op_counts(gm)["relu"] == 2
-    base.unregister_pass("relu_to_gelu")
-    assert "relu_to_gelu" not in base.registered_passes()
-    base.clear_history()
-    assert base.history() == ()
+    assert "relu_to_gelu" not in [r.name for r in pipeline.run_pipeline(gm, disable=("relu_to_gelu",))]
+    assert graphs.op_counts(gm)["relu"] == 2
+    pipeline.unregister_pass("relu_to_gelu")
+    assert "relu_to_gelu" not in pipeline.registered_passes()
+    pipeline.clear_history()
+    assert pipeline.history() == ()
 
 
 def test_explicit_passes_need_no_registration():
-    (record,) = base.run_pipeline(graph_with_relu(), [ReluToGelu(limit=1)])
+    (record,) = pipeline.run_pipeline(graph_with_relu(), [ReluToGelu(limit=1)])
     assert record.matched == 1
 
 
 def test_names_are_checked():
-    base.register_pass(ReluToGelu)
-    base.register_pass(ReluToGelu)  # a re-run cell
+    pipeline.register_pass(ReluToGelu)
+    pipeline.register_pass(ReluToGelu)  # a re-run cell
     with pytest.raises(UnknownOption, match="did you mean 'relu_to_gelu'"):
-        base.run_pipeline(graph_with_relu(), disable=("relu_to_gelo",))
+        pipeline.run_pipeline(graph_with_relu(), disable=("relu_to_gelo",))
 
     class Other(ReluToGelu):
         pass
 
     with pytest.raises(ConfigError, match="relu_to_gelu"):
-        base.register_pass(Other)
+        pipeline.register_pass(Other)
 
     class NoName(base.Pass):
         def rewrite(self, gm):
             return 0
 
     with pytest.raises(ConfigError, match="NoName"):
-        base.register_pass(NoName)
+        pipeline.register_pass(NoName)
+
+
+def test_a_stage_that_does_not_exist():
+    class Late(ReluToGelu):
+        name = "late"
+        stage = "after_lunch"
+
+    with pytest.raises(ConfigError, match="stage"):
+        pipeline.register_pass(Late)
+
+
+def test_a_pass_runs_in_its_stage_alone():
+    class Late(ReluToGelu):
+        name = "late"
+        stage = "post_grad"
+
+    pipeline.register_pass(ReluToGelu)
+    pipeline.register_pass(Late)
+    assert pipeline.registered_passes("post_grad") == ("late",)
+    assert {"late", "relu_to_gelu"} <= set(pipeline.registered_passes())
+    assert "late" not in [r.name for r in pipeline.run_pipeline(graph_with_relu())]
+    assert [p.name for p in pipeline.passes_of("post_grad")] == ["late"]
+    assert pipeline.passes_of("post_grad", disable=("late",)) == []
+
+
+def test_recording_counts_before_and_after():
+    nodes = [1, 2]
+    with pipeline.recording("work", lambda: len(nodes), preserving=False) as run:
+        nodes.append(3)
+        run.matched, run.note = 7, "said"
+    record = run.record
+    assert (record.name, record.matched, record.nodes_before, record.nodes_after) == ("work", 7, 2, 3)
+    assert not record.preserving and record.note == "said" and record.ms >= 0
 
 
 def test_debug_log_shows_each_pass(caplog):
     with caplog.at_level(logging.DEBUG, logger="moefy"):
-        base.run_pipeline(graph_with_relu(), [ReluToGelu()])
+        pipeline.run_pipeline(graph_with_relu(), [ReluToGelu()])
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("moefy")]
     assert "relu_to_gelu: 2 matched, 5 -> 5 nodes" in message
     assert "gone {'relu': 2}" in message and "new {'gelu': 2}" in message

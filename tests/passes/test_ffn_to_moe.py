@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import moefy
-from moefy.nn import functional
+from moefy.nn import dispatch
 
 D, H, E, K = 8, 12, 4, 2
 
@@ -118,8 +118,8 @@ def test_exact_rewritten_and_undone(name: str, kind: str) -> None:
     report = moefy.report(gm)
     assert [record.matched for record in report.passes] == [count]
     sites = count * (2 if name == "shared" else 1)
-    assert targets(gm)[functional.route_by] == sites
-    assert targets(gm)[functional.routed_exit] == sites
+    assert targets(gm)[dispatch.route_by] == sites
+    assert targets(gm)[dispatch.expert_exit] == sites
     gm.graph.lint()
     expected = dense(x)
     got = gm(x)
@@ -174,12 +174,12 @@ def test_copies_and_pickles_run() -> None:
 
 
 def test_a_failed_check_restores_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefy import verbs as upcycle
     from moefy.model.compare import Comparison
+    from moefy.rewrite import verify
 
     dense, gm, x, _ = make("linear", "symbolic_trace")
     code, keys = gm.code, list(gm.state_dict())
-    monkeypatch.setattr(upcycle, "compare", lambda *a: Comparison(1.0, 1e-5, "float32", "output 0"))
+    monkeypatch.setattr(verify, "compare", lambda *a: Comparison(1.0, 1e-5, "float32", "output 0"))
     with pytest.raises(moefy.errors.CheckFailed):
         moefy.transform(gm, E, example_args=(x,))
     assert gm.code == code and list(gm.state_dict()) == keys

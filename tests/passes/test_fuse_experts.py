@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefy.nn import EntryLinear, ExitLinear, FFNLink, Router
 from moefy.passes import run_pipeline
-from moefy.passes.base import op_counts
+from moefy.passes.graphs import op_counts
 from moefy.passes.moe.fuse_experts import FuseExperts
 
 UNFUSED = {"moefy.permute", "moefy.grouped_linear", "moefy.combine"}

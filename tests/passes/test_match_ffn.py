@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moefy.passes.match.rules import Match, match_ffns
-from moefy.passes.trace.recorder import trace_module
+from moefy.passes.match import Match, match_ffns
+from moefy.passes.trace import trace_module
 
 D, H = 8, 12
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from moefy.passes.trace.recorder import trace_graph, trace_module
+from moefy.passes.trace import trace_graph, trace_module
 from moefy.passes.trace.vocabulary import op_name, shape_of
 
 

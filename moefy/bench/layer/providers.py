@@ -33,8 +33,7 @@ from moefy.bench.layer.contract import (
     from_function,
 )
 from moefy.bench.layer.shapes import Inputs, Shape
-from moefy.nn.functional import top_k_softmax
-from moefy.ops import expert_ffn, sort_by_expert
+from moefy.ops import expert_ffn, sort_by_expert, top_k_softmax
 
 
 def moefy_layer(

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy import ops
 from moefy.compat.fastmoe.gates import NaiveGate
 from moefy.compat.fastmoe.linear import FMoELinear
 from moefy.compat.single_process import group_size, refuse_ranks
 from moefy.errors import ConfigError
-from moefy.nn.experts import token_tree
+from moefy.nn.dispatch import LOCAL
 from moefy.nn.experts.replacement import replace_rows
-from moefy.nn.experts.token_tree import Tree
-from moefy.nn.functional import count
-from moefy.nn.routing.routing import Choice, Routing
+from moefy.nn.route import make_routing
+from moefy.nn.routing import token_tree
+from moefy.nn.routing.layout import TokenLayout, numel
+from moefy.nn.routing.routing import Choice
+from moefy.nn.routing.token_tree import Tree
 
 Gate = Callable[..., nn.Module]
 ExpertFactory = Callable[[int], nn.Module]
@@ -155,13 +156,14 @@ class FMoE(nn.Module):
     )  # sizes that differ at every call would compile it again each time
     def _dispatch(self, rows: Tree, index_SK: Tensor, weights_SK: Tensor) -> Tree:
         """Rows to experts and back."""
-        routing = _routing(index_SK, weights_SK, self.num_expert)
-        sorted_rows = token_tree.permute(rows, routing)
+        choice = Choice(index=index_SK, weights=weights_SK, logits=weights_SK)
+        routing = make_routing(choice, self.num_expert, TokenLayout((index_SK.shape[0],)))
+        sorted_rows, _, handle = LOCAL.dispatch(rows, routing)
         counts_E = routing.tokens_per_expert.long().cpu()
         kept = int(counts_E.sum())
-        total = count(index_SK.shape)
+        total = index_SK.numel()
         y = self.expert_fn(token_tree.map_leaves(lambda row: row[:kept], sorted_rows), counts_E)
-        return token_tree.combine(token_tree.concatenate([y], total - kept), routing)
+        return LOCAL.combine(token_tree.concatenate([y], total - kept), handle)
 
 
 class FMoETransformerMLP(FMoE):
@@ -198,7 +200,7 @@ class FMoETransformerMLP(FMoE):
 
     def forward(self, inp: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
-        return super().forward(inp.reshape(count(inp.shape[:-1]), self.d_model)).reshape(inp.shape)
+        return super().forward(inp.reshape(numel(inp.shape[:-1]), self.d_model)).reshape(inp.shape)
 
 
 class Expert(nn.Module):
@@ -220,21 +222,6 @@ class Expert(nn.Module):
     def forward(self, inp: Tensor, fwd_expert_count: Tensor) -> Tensor:
         """``[N, D] -> [N, D]``."""
         return self.h4toh(self.activation(self.htoh4(inp, fwd_expert_count)), fwd_expert_count)
-
-
-def _routing(index_SK: Tensor, weights_SK: Tensor, num_experts: int) -> Routing:
-    order_N, offsets_E = ops.sort_by_expert(index_SK, num_experts)
-    choice = Choice(index=index_SK, weights=weights_SK, logits=weights_SK)
-    return Routing(
-        top_k_index=index_SK,
-        top_k_weights=weights_SK,
-        order=order_N,
-        offsets=offsets_E,
-        choice=choice,
-        leading=(index_SK.shape[0],),
-        top_k=index_SK.shape[1],
-        feature_dim=-1,
-    )
 
 
 def _masked(y: Tensor, ids_S: Tensor, scale_S: Tensor, rows: Mapping[int, Any]) -> Tensor:

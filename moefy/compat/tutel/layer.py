@@ -36,7 +36,8 @@ from moefy.compat.tutel.routing import (
 )
 from moefy.errors import ConfigError, ShapeError, UnknownOption
 from moefy.nn import losses
-from moefy.nn.functional import count, no_autocast
+from moefy.nn.routing.layout import numel
+from moefy.ops.library import autocast_off
 
 MEGABLOCKS_ROUNDING = 128
 
@@ -204,12 +205,12 @@ class MOELayer(nn.Module):
             megablocks_size if self.num_local_experts > 1 and not torch.is_grad_enabled() else 0
         )
         x = self._as_tokens(input, reserve_dims)
-        with no_autocast(x.device.type):
+        with autocast_off(x.device.type):
             dtype, (crit, l_aux) = self._route(x, self.gates[gate_index], capacity_factor, top_k)
         self.dispatch_count = get_dispatch_count(crit)
         buffers = fast_encode(x.to(dtype), crit, self.is_postscore).to(x.dtype)
         y = self.experts(buffers.view(*buffers.shape[:2], *input.shape[-reserve_dims:]), self)
-        y_TD = fast_decode(y.reshape(*y.shape[:2], count(y.shape[2:])).to(dtype), crit, self.is_postscore)
+        y_TD = fast_decode(y.reshape(*y.shape[:2], numel(y.shape[2:])).to(dtype), crit, self.is_postscore)
         shape = (*input.shape[:-reserve_dims], *y.shape[-reserve_dims:])
         return self._finish(y_TD.view(shape).to(input.dtype), l_aux)
 
@@ -219,13 +220,13 @@ class MOELayer(nn.Module):
 
     def _as_tokens(self, x: Tensor, reserve_dims: int) -> Tensor:
         """``[T, D]`` in the experts' dtype, in autocast's where it is on."""
-        width = count(x.shape[-reserve_dims:])
+        width = numel(x.shape[-reserve_dims:])
         if x.dim() < 2 or width != self.model_dim:
             raise ShapeError(
                 f"tutel.moe_layer: got {tuple(x.shape)}; expected at least two axes, the last {reserve_dims} holding "
                 f"model_dim = {self.model_dim} features"
             )
-        x = x.reshape(count(x.shape[:-reserve_dims]), width)
+        x = x.reshape(numel(x.shape[:-reserve_dims]), width)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             return x.to(torch.get_autocast_dtype(kind))

@@ -1,8 +1,8 @@
-"""What lies between an expert's linears, from a name, a function or a module.
+"""The body between an expert's linears, from the name of an activation, a function or a module.
 
 Contract: ``body_of(activation, glu)`` is the ``Body`` and the module that it calls, to be mounted as ``activation`` on
-the owner; ``None`` when ``ops.expert_ffn`` has the activation fused. ``nn.GELU()``, ``F.relu`` and the like count as
-their names. A module is shared by all experts and trained with them.
+the owner. The module is ``None`` when ``ops.expert_ffn`` has the activation fused. ``nn.GELU()``, ``F.relu`` and the
+like count as their names. A module is shared by all experts and trained with them.
 
     >>> body_of(torch.nn.functional.silu, glu=True)[0].known
     KnownBody(activation='silu', glu='separate', gate=0)
@@ -64,7 +64,7 @@ def body_of(activation: Activation, glu: bool) -> tuple[Body, nn.Module | None]:
     """The body ``act(h0)``, or ``act(h0) * h1`` with ``glu``, and the module it calls.
 
     Raises:
-        ConfigError: for a name that does not exist, or what is neither name, function nor module.
+        ConfigError: for a name that does not exist, or a value that is neither name, function nor module.
     """
     name = known_name(activation)
     if name is not None:
@@ -75,13 +75,12 @@ def body_of(activation: Activation, glu: bool) -> tuple[Body, nn.Module | None]:
     rows = [graph.placeholder(f"h{i}") for i in range(2 if glu else 1)]
     hidden = graph.call_module("activation", (rows[0],))
     graph.output(graph.call_function(operator.mul, (hidden, rows[1])) if glu else hidden)
-    return Body.from_graph(graph), activation if isinstance(activation, nn.Module) else FunctionModule(
-        activation
-    )
+    module = activation if isinstance(activation, nn.Module) else FunctionModule(activation)
+    return Body.from_graph(graph), module
 
 
 def known_name(activation: Activation) -> str | None:
-    """The name under which the fused op has ``activation``, if it has."""
+    """The fused op's name for ``activation``; ``None`` when the op does not have it. A string is its own name."""
     if isinstance(activation, str):
         return activation
     if type(activation) is nn.GELU:

@@ -1,15 +1,17 @@
-"""``encode`` and ``decode``: tokens into one buffer per expert, ``[E, C, D]``, and back.
+"""One buffer per expert: rows sorted by expert as ``[E, C, ...]`` and back, for experts that take a batch.
 
-Contract: ``encode(x)[e, c]`` is the token at place c of expert e's queue, zero where the queue is shorter;
-``decode(y)[t] = sum_k w[t, k] * y[e(t, k), place(t, k)]``, where a slot without a place counts zero. The capacity C is
-an int, so the shapes do not depend on the data: for expert modules that take a batch. GShard writes both as einsums
-with a ``[T, E, C]`` mask; here they move T*K rows. Tutel's ``fast_encode`` and ``fast_decode``.
+Contract: buffer e holds the first C rows of expert e in their order and zeros behind them. The capacity C is an int, so
+the shapes do not depend on the data. ``to_buffers`` and ``from_buffers`` stand between any dispatcher's dispatch and
+combine; ``encode`` and ``decode`` are both steps at once where all experts are in this process (Tutel's ``fast_encode``
+and ``fast_decode``). GShard writes them as einsums with a ``[T, E, C]`` mask; here T*K rows move.
+
+    decode(encode(x))[t] = sum_k w[t, k] * x[t], where a slot without a place counts zero
 
 Worked example, three tokens to experts 1, 0, 1, K=1, C=2:
 
     encode(x_TD, routing, 2) = [[x[1], 0], [x[0], x[2]]]
 
-Shape letters: T tokens, D width, E experts, C capacity, K top-k, N = T*K rows sorted by expert.
+Shape letters: T tokens, D width, E experts, C capacity, K top-k, R rows.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moefy import ops
 from moefy.errors import ShapeError
+from moefy.nn.dispatch import LOCAL
 from moefy.nn.routing.routing import Routing
 
 
@@ -29,8 +31,8 @@ def encode(x_TD: Tensor, routing: Routing, capacity: int) -> Tensor:
     Args:
         x_TD: ``[T, D]``.
         routing: the router's.
-        capacity: C >= 0, the places of each expert; ``routing.capacity`` where that is an int. Slots behind it are left
-            out, by their order in ``routing``: token by token.
+        capacity: C >= 0, the places of each expert; ``routing.capacity`` where that is an int. Later slots of an expert
+            are left out, by their order in ``routing``: token by token.
 
     Returns:
         ``[E, C, D]``, differentiable in ``x_TD``.
@@ -40,12 +42,8 @@ def encode(x_TD: Tensor, routing: Routing, capacity: int) -> Tensor:
     """
     if capacity < 0:
         raise ShapeError(f"encode: got capacity {capacity}; expected an int >= 0")
-    num_experts, width = routing.offsets.shape[0], x_TD.shape[1]
-    rows_ND = ops.permute(x_TD, routing.order, routing.top_k)
-    place_N = _places(routing, capacity)
-    # One place more, for the rows that have none. index_copy's gradient is a gather: no atomics.
-    buffer_XD = rows_ND.new_zeros(num_experts * capacity + 1, width)
-    return buffer_XD.index_copy(0, place_N, rows_ND)[:-1].view(num_experts, capacity, width)
+    rows_RD, offsets_E, _ = LOCAL.dispatch(x_TD, routing)
+    return to_buffers(rows_RD, offsets_E, capacity)
 
 
 def decode(y_ECD: Tensor, routing: Routing) -> Tensor:
@@ -61,23 +59,35 @@ def decode(y_ECD: Tensor, routing: Routing) -> Tensor:
     Raises:
         ShapeError: for another number of experts.
     """
+    if y_ECD.shape[0] != routing.num_experts:
+        raise ShapeError(f"decode: got buffers of {y_ECD.shape[0]} experts; routed to {routing.num_experts}")
+    handle = LOCAL.plan(routing)
+    return LOCAL.combine(from_buffers(y_ECD, handle.offsets, handle.num_rows), handle)
+
+
+def to_buffers(rows_RD: Tensor, offsets_E: Tensor, capacity: int) -> Tensor:
+    """``[E, C, D]`` of rows sorted by expert; an expert's rows behind the first C are left out."""
+    num_experts, width = offsets_E.shape[0], rows_RD.shape[1]
+    place_R = places(offsets_E, rows_RD.shape[0], capacity)
+    # One place more, for the rows that have none. index_copy's gradient is a gather: no atomics.
+    buffer_XD = rows_RD.new_zeros(num_experts * capacity + 1, width)
+    return buffer_XD.index_copy(0, place_R, rows_RD)[:-1].view(num_experts, capacity, width)
+
+
+def from_buffers(y_ECD: Tensor, offsets_E: Tensor, num_rows: int) -> Tensor:
+    """``[R, D]``, sorted by expert; zeros for the rows that have no place."""
     num_experts, capacity, width = y_ECD.shape
-    if num_experts != routing.offsets.shape[0]:
-        raise ShapeError(
-            f"decode: got buffers of {num_experts} experts; routed to {routing.offsets.shape[0]}"
-        )
-    rows_XD = pad(y_ECD.reshape(num_experts * capacity, width), (0, 0, 0, 1))
-    rows_ND = rows_XD.index_select(0, _places(routing, capacity))
-    return ops.combine(rows_ND, routing.top_k_weights, routing.order)
+    y_XD = pad(y_ECD.reshape(num_experts * capacity, width), (0, 0, 0, 1))
+    return y_XD.index_select(0, places(offsets_E, num_rows, capacity))
 
 
-def _places(routing: Routing, capacity: int) -> Tensor:
-    """``[N]`` int64: ``e * C`` plus the place in expert e's queue; ``E * C`` for rows without a place."""
-    end_E = routing.offsets.to(torch.int64)
+def places(offsets_E: Tensor, num_rows: int, capacity: int) -> Tensor:
+    """``[R]`` int64: ``e * C`` plus the place in expert e's buffer; ``E * C`` for a row without a place."""
+    end_E = offsets_E.to(torch.int64)
     num_experts = end_E.shape[0]
-    row_N = torch.arange(routing.order.shape[0], device=end_E.device)
-    expert_N = torch.searchsorted(end_E, row_N, right=True)
+    row_R = torch.arange(num_rows, device=end_E.device)
+    expert_R = torch.searchsorted(end_E, row_R, right=True)
     start_X = torch.cat([end_E.new_zeros(1), end_E])
-    place_N = row_N - start_X.index_select(0, expert_N)
-    has_place_N = (expert_N < num_experts) & (place_N < capacity)
-    return torch.where(has_place_N, expert_N * capacity + place_N, num_experts * capacity)
+    place_R = row_R - start_X.index_select(0, expert_R)
+    has_place_R = (expert_R < num_experts) & (place_R < capacity)
+    return torch.where(has_place_R, expert_R * capacity + place_R, num_experts * capacity)

@@ -12,20 +12,21 @@ The sizes n_e are read from the device, one wait per layer on CUDA, and under ``
 behind a graph break. With ``seats``, a capacity, every expert gets exactly that many rows: no wait, static shapes, one
 graph.
 
-Shape letters: N rows, E experts, C seats of one expert.
+Shape letters: R rows, E experts, C seats of one expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moefy.config.fields import positive_int
 from moefy.errors import ConfigError
-from moefy.nn.experts import token_tree
-from moefy.nn.experts.token_tree import Tree
+from moefy.nn.experts.buffers import places
+from moefy.nn.routing import token_tree
+from moefy.nn.routing.token_tree import Tree
 
 ExpertFactory = Callable[[], nn.Module]
 Experts = ExpertFactory | nn.Module | Sequence[nn.Module | ExpertFactory]
@@ -38,17 +39,17 @@ class ExpertList(nn.ModuleList):
         """Every row through the expert that owns it.
 
         Args:
-            rows: ``[N, ...]`` sorted by expert.
+            rows: ``[R, ...]`` sorted by expert.
             offsets_E: ``[E]`` int32, the end row of each expert; later rows come back as zeros.
             seats: C, at least the rows of any expert, for static shapes.
-        """
-        return (
-            self._in_seats(rows, offsets_E, seats) if seats is not None else self._in_slices(rows, offsets_E)
-        )
 
-    @torch.compiler.disable(
-        recursive=True
-    )  # sizes that differ at every call would compile it again each time
+        Returns:
+            ``[R, ...]`` in the order of ``rows`` and in the structure that the experts return.
+        """
+        return self._in_slices(rows, offsets_E) if seats is None else self._in_seats(rows, offsets_E, seats)
+
+    # Not compiled: sizes that differ at every call would compile it again each time.
+    @torch.compiler.disable(recursive=True)
     def _in_slices(self, rows: Tree, offsets_E: Tensor) -> Tree:
         """Each expert on its own rows."""
         ends = offsets_E.tolist()
@@ -61,7 +62,10 @@ class ExpertList(nn.ModuleList):
         return token_tree.concatenate(outputs, total - ends[-1])
 
     def _in_seats(self, rows: Tree, offsets_E: Tensor, seats: int) -> Tree:
-        """Each expert on C rows, of which those behind its own are copies of others and come to nothing."""
+        """Each expert on C rows: its own, then copies of other rows, whose outputs are discarded.
+
+        Copies, not zeros: a row of zeros has no finite gradient in a norm, and NaN times 0 is NaN.
+        """
         total = token_tree.leaves(rows)[0].shape[0]
         if total == 0:
             return token_tree.concatenate([expert(rows) for expert in self], 0)
@@ -73,12 +77,9 @@ class ExpertList(nn.ModuleList):
             expert(token_tree.map_leaves(lambda row, i=source_C: row.index_select(0, i), rows))
             for expert, source_C in zip(self, source_EC.unbind(0), strict=True)
         ]
-        row_N = torch.arange(total, device=end_E.device)
-        expert_N = torch.searchsorted(end_E, row_N, right=True).clamp(max=len(self) - 1)
-        place_N = expert_N * seats + (row_N - start_E.index_select(0, expert_N)).clamp(max=seats - 1)
-        kept_N = row_N < end_E[-1]
+        place_R = places(offsets_E, total, seats)
         seated = token_tree.concatenate(outputs, 0)
-        return token_tree.map_leaves(lambda y: _put_back(y, place_N, kept_N), seated)
+        return token_tree.map_leaves(lambda y: _from_seats(y, place_R), seated)
 
 
 def make_experts(experts: Experts, num_experts: int | None) -> tuple[nn.Module, int]:
@@ -90,12 +91,12 @@ def make_experts(experts: Experts, num_experts: int | None) -> tuple[nn.Module, 
         num_experts: E; ``None`` where a list says it.
 
     Raises:
-        ConfigError: when E is not said, or said otherwise than by the list, and for what makes no modules.
+        ConfigError: without E, for an E that is not the list's length, and for a factory that makes no module.
     """
     if isinstance(experts, nn.Module) and not isinstance(experts, nn.ModuleList):
-        return experts, size("num_experts", num_experts)
+        return experts, positive_int("num_experts", num_experts)
     if callable(experts) and not isinstance(experts, nn.ModuleList):
-        count = size("num_experts", num_experts)
+        count = positive_int("num_experts", num_experts)
         return ExpertList([_make(experts) for _ in range(count)]), count
     if not isinstance(experts, Sequence | nn.ModuleList):
         raise ConfigError("experts", got=experts, expected="a factory, a module, or a list of these")
@@ -108,21 +109,14 @@ def make_experts(experts: Experts, num_experts: int | None) -> tuple[nn.Module, 
 
 
 def _make(expert: nn.Module | ExpertFactory) -> nn.Module:
-    """The expert itself, or what its factory makes."""
+    """The expert itself, or the one that its factory makes."""
     made = expert() if callable(expert) and not isinstance(expert, nn.Module) else expert
     if not isinstance(made, nn.Module):
         raise ConfigError("experts", got=made, expected="modules or factories of modules")
     return made
 
 
-def size(name: str, value: Any) -> int:
-    """``value``; raises ``ConfigError`` when it is no positive int."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(name, got=value, expected="an int >= 1")
-    return value
-
-
-def _put_back(y: Tensor, place_N: Tensor, kept_N: Tensor) -> Tensor:
-    """The rows in their sorted places, dropped ones as zeros."""
-    shape: list[Any] = [-1, *[1] * (y.dim() - 1)]
-    return y.index_select(0, place_N).masked_fill(~kept_N.view(shape), 0.0)
+def _from_seats(y: Tensor, place_R: Tensor) -> Tensor:
+    """``[R, ...]`` of ``[E * C, ...]``; zeros for the rows that have no seat."""
+    has_seat_R = (place_R < y.shape[0]).view(-1, *[1] * (y.dim() - 1))
+    return y.index_select(0, place_R.clamp(max=y.shape[0] - 1)).masked_fill(~has_seat_R, 0.0)

@@ -7,29 +7,36 @@ rank draws the same matrix and the global random state is untouched. The maths i
     >>> router(torch.randn(2, 5, 16)).top_k_index.shape
     torch.Size([10, 2])
 
-A forward decides and then sorts the slots by expert. To ``decide`` is to score the tokens (``logits``) and to pick
-experts by the scores (``choose``). A router of another kind overrides ``logits`` where only the scores differ,
-``choose`` where only the choice does, and ``decide`` when it needs the tokens themselves or the mask.
+A router decides: ``logits`` scores the tokens, ``choose`` picks experts by the scores, ``decide`` is both. A router of
+another kind overrides ``logits`` where only the scores differ, ``choose`` where only the choice does, and ``decide``
+when it needs the tokens themselves or the mask. What follows a choice (capacity, sorting, counting, the auxiliary loss)
+is the same for every router and lies in ``moefy.nn.route``.
+
+Shape letters: T tokens, D model width, E experts, K top-k.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
+from moefy import ops
 from moefy.config import AuxLoss, Capacity
-from moefy.config.fields import is_finite, is_int
+from moefy.config.fields import is_finite, is_int, positive_int
 from moefy.errors import ConfigError, ShapeError
-from moefy.nn import functional
 from moefy.nn.checked import check_scores
-from moefy.nn.load import LoadCounter, exporting, in_backward
-from moefy.nn.losses.layer import AuxState, Injected, layer_loss
-from moefy.nn.routing.capacity import DEFAULT_CAPACITY, Seats, seat
+from moefy.nn.counters import LoadCounter
+from moefy.nn.dispatch import LOCAL, Dispatcher
+from moefy.nn.losses.layer import AuxState
+from moefy.nn.route import route
+from moefy.nn.routing.layout import TokenLayout, as_tokens
 from moefy.nn.routing.routing import Choice, Routing
 from moefy.nn.seeding import seeded_generator
+from moefy.ops.library import autocast_off
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -52,6 +59,30 @@ class Call:
     token_ids: torch.Tensor | None = None
 
 
+ROUTERS: dict[str, type[Router]] = {}
+"""The routers by name. Importing ``moefy.nn.routers`` fills it."""
+
+RouterClass = TypeVar("RouterClass", bound="type[Router]")
+
+
+def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
+    """Class decorator: ``router=name`` makes a router of this class.
+
+    Raises:
+        ConfigError: when another class has the name already. Defining the same class again replaces it.
+    """
+
+    def register(cls: RouterClass) -> RouterClass:
+        known = ROUTERS.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError("router", got=name, expected=f"a name that {known.__qualname__} does not have")
+        ROUTERS[name] = cls
+        return cls
+
+    return register
+
+
+@register_router("top_k")
 class Router(nn.Module):
     """A linear scorer without bias, top-k of its logits and a softmax over the chosen K (Mixtral's order).
 
@@ -66,14 +97,26 @@ class Router(nn.Module):
         device: where ``weight`` lives.
         dtype: its dtype.
 
-    A subclass may override ``logits`` (say, to add noise), ``choose`` or ``decide``: everything behind them is shared.
+    Attributes:
+        capacity: how many tokens an expert takes; ``None``: any number.
+        aux_loss: what a training forward adds up; ``None``: nothing.
+        load_counter: the tokens that each expert got in training.
+        aux_state: the auxiliary loss between a forward and its delivery.
+        dispatcher: moves the rows of a rewritten graph, where no layer is left that has one.
+
+    Every router takes these arguments. A subclass lists its own, and ``options`` for the rest.
 
     Raises:
         ConfigError: for sizes outside their domain.
     """
 
+    formula: ClassVar[str] = "c = top K of l;  w = softmax(l[c])"
+    """What the router computes, in the letters of ``moefy.nn.routers``."""
+    source: ClassVar[str] = "FastMoE's naive gate, Mixtral"
+    """Where the formula is from."""
     only_top_k: ClassVar[int | None] = None
-    """The one K of a router that is defined for one alone."""
+    """K, for a router that is defined for a single one."""
+    dispatcher: Dispatcher[Any] = LOCAL
 
     def __init__(
         self,
@@ -89,13 +132,11 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not is_int(d_model, 1):
-            raise ConfigError("d_model", got=d_model, expected="an int >= 1")
-        if not is_int(num_experts, 1):
-            raise ConfigError("num_experts", got=num_experts, expected="an int >= 1")
         if not (is_finite(std) and std >= 0):
             raise ConfigError("std", got=std, expected="a finite number >= 0")
-        self.d_model, self.num_experts, self.top_k = d_model, num_experts, top_k
+        self.d_model = positive_int("d_model", d_model)
+        self.num_experts = positive_int("num_experts", num_experts)
+        self.top_k = top_k
         self.check_top_k(top_k)
         self.std, self.seed, self.fqn = std, seed, fqn
         self.capacity: Capacity | None = None
@@ -106,7 +147,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """Create what ``reset_parameters`` fills. A router without a linear scorer creates nothing here."""
+        """Create the parameters that ``reset_parameters`` fills; none for a router without a linear scorer."""
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.d_model, **like))
         self.bias = nn.Parameter(torch.empty(self.num_experts, **like)) if bias else None
 
@@ -127,16 +168,20 @@ class Router(nn.Module):
 
     def logits(self, x: torch.Tensor, feature_dim: int = -1) -> torch.Tensor:
         """``[T, E]`` scores of the tokens of ``x``."""
-        logits_TE = functional.router_logits(x, self.weight, feature_dim)
+        logits_TE = router_logits(x, self.weight, feature_dim)
         return logits_TE if self.bias is None else logits_TE + self.bias.to(logits_TE.dtype)
 
     def choose(self, logits_TE: torch.Tensor, top_k: int) -> Choice:
-        """The experts that ``logits_TE`` pick."""
-        weights_TK, index_TK = functional.top_k_softmax(logits_TE, top_k)
+        """The experts that ``logits_TE`` pick.
+
+        The formula is Mixtral's (Jiang et al. 2024, section 2.1): a softmax over the K largest logits. Ties go to the
+        lowest id. NaN sorts first, so that a NaN score gives NaN weights for its own token and still a valid id.
+        """
+        weights_TK, index_TK = ops.top_k_softmax(logits_TE, top_k)
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
 
     def decide(self, x: torch.Tensor, call: Call) -> Choice:
-        """The experts of the tokens of ``x``."""
+        """The experts of the tokens of ``x``, and their weights."""
         return self.choose(self.logits(x, call.feature_dim), call.top_k)
 
     @property
@@ -146,11 +191,11 @@ class Router(nn.Module):
 
     @property
     def self_contained(self) -> bool:
-        """Whether a forward needs the tokens alone: no token ids, no trace."""
+        """Whether a forward needs nothing but the tokens: no token ids, no trace."""
         return True
 
     def top_k_of(self, router_index: int | None) -> int:
-        """K when a call names none."""
+        """K of the router of that index, for a call that names no K."""
         return self.top_k
 
     @property
@@ -185,16 +230,16 @@ class Router(nn.Module):
                 is a constant: each value compiles once.
             mask: bool in the leading shape of ``x``, True = a real token. The others go to no expert, take no seat and
                 count in no loss.
-            router_index: which router of a ``MultiRouter``; the others have but one.
-            token_ids: int64 in the leading shape of ``x``, for a ``HashRouter``; the others do not read it.
+            router_index: which router of a ``MultiRouter``; every other router is its own only one.
+            token_ids: int64 in the leading shape of ``x``, for a ``HashRouter``; other routers do not read it.
 
         Raises:
             ShapeError: when ``x`` has another width.
-            ConfigError: for a K outside 1 to E, or a router index that does not exist.
+            ConfigError: for a K outside 1 to E, a router index that does not exist, or a factor that is not finite.
             NonFiniteScores: for NaN scores, in ``moefy.checked_mode()`` alone.
         """
-        axis = functional.feature_axis(x.dim(), feature_dim)
-        if x.shape[axis] != self.d_model:
+        layout = TokenLayout.of(x, feature_dim)
+        if x.shape[layout.feature_dim] != self.d_model:
             raise ShapeError(
                 f"the router expects {self.d_model} features on axis {feature_dim}; got {tuple(x.shape)}"
             )
@@ -214,29 +259,7 @@ class Router(nn.Module):
         check_scores(self, choice.logits, call.mask)
         if call.mask is not None:
             choice = choice.masked(call.mask, self.num_experts)
-        seats = self.seat(choice, top_k, capacity_factor)
-        return self.observe(functional.make_routing(x, choice, self.num_experts, feature_dim, seats))
-
-    def observe(self, routing: Routing) -> Routing:
-        """Count the load and keep the auxiliary loss of a training forward; returns the routing to go on with.
-
-        That is another one only where a reentrant checkpoint recomputes: there the auxiliary loss enters the graph.
-        """
-        state = self.aux_state
-        if not self.training or exporting():
-            state.clear()
-            return routing
-        self.load_counter.count(routing)
-        if self.aux_loss is None:
-            return routing
-        l_aux = layer_loss(self.aux_loss, routing, self.num_experts, self.load_counter, state.group)
-        recomputes = None if torch.compiler.is_dynamo_compiling() else in_backward()
-        if state.scale is not None and recomputes is not False and l_aux.requires_grad:
-            (weights_TK,) = Injected.apply(l_aux, state.scale, routing.top_k_weights)
-            return dataclasses.replace(routing, top_k_weights=weights_TK)
-        if not recomputes:
-            state.note(l_aux)
-        return routing
+        return route(self, choice, layout, top_k=top_k, capacity_factor=capacity_factor)
 
     @property
     def l_aux(self) -> torch.Tensor | None:
@@ -247,16 +270,16 @@ class Router(nn.Module):
         self.load_counter.move(fn)
         return super()._apply(fn, recurse)
 
-    def seat(self, choice: Choice, top_k: int, factor: float | None = None) -> Seats | None:
-        """Who keeps a seat under ``capacity``, or under a ``factor`` for this call; ``None`` when nothing limits."""
-        if self.capacity is None and factor is None:
-            return None
-        capacity = DEFAULT_CAPACITY if self.capacity is None else self.capacity
-        return seat(choice, capacity, self.num_experts, top_k, training=self.training, factor=factor)
-
     def extra_repr(self) -> str:
-        """Sizes."""
+        """The sizes that every router has."""
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def router_logits(x: torch.Tensor, weight_ED: torch.Tensor, feature_dim: int = -1) -> torch.Tensor:
+    """``[T, E]`` scores ``x_TD @ weight_ED.T``, in fp32 (fp64 for fp64 inputs), autocast or not."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with autocast_off(x.device.type):
+        return torch.mm(as_tokens(x, feature_dim).to(dtype), weight_ED.to(dtype).t())
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn import load, losses
-from moefy.nn.routers.base import Call
+from moefy.nn import execution, losses
+from moefy.nn.routers.base import Call, register_router
 from moefy.nn.routers.group_limited import GroupLimitedRouter
 from moefy.nn.routing.routing import Choice
 
@@ -36,15 +36,13 @@ def bias_step(counts_E: Tensor, rate: float) -> Tensor:
     return rate * torch.sign(counts_E.sum() - counts_E.shape[0] * counts_E).float()
 
 
+@register_router("bias_balanced")
 class BiasBalancedRouter(GroupLimitedRouter):
     """Selection by score + bias, weights by score.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         rate: how far the bias moves at each step; 0.001 in DeepSeek-V3.
-        auto_update: whether optimizers update it; else ``update_bias`` is yours to call.
+        auto_update: whether optimizers update the bias; if not, the training loop calls ``update_bias``.
         options: of ``GroupLimitedRouter``: ``n_groups``, ``score``, ``renormalize``, ``scale``, ...
 
     Buffers:
@@ -59,6 +57,8 @@ class BiasBalancedRouter(GroupLimitedRouter):
         ConfigError: for values outside their domain.
     """
 
+    formula: ClassVar[str] = "c = top K of score + b;  b += rate * sign(mean n - n)"
+    source: ClassVar[str] = "Wang et al. 2024, DeepSeek-V3"
     expert_bias: Tensor
 
     def __init__(
@@ -79,12 +79,12 @@ class BiasBalancedRouter(GroupLimitedRouter):
         _ROUTERS.add(self)
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """The scorer, the bias that balances, the counts."""
+        """Create the scorer, the bias per expert and the counts."""
         super().make_parameters(bias, **like)
         device = like.get("device")
         self.register_buffer("expert_bias", torch.empty(self.num_experts, dtype=torch.float32, device=device))
         counts = torch.empty(self.num_experts, dtype=torch.int64, device=device)
-        self.counts = load.static_counter(counts)
+        self.counts = execution.static_counter(counts)
 
     def reset_parameters(self) -> None:
         """Draw ``weight``; the bias and the counts are zero."""
@@ -94,7 +94,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
 
     @property
     def ranks_logits(self) -> bool:
-        """Never: the bias has a say."""
+        """False: scores plus bias pick the experts."""
         return False
 
     def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
@@ -102,7 +102,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         return super().ranking(scores_TE + self.expert_bias.to(scores_TE.dtype), top_k)
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The experts, counted in training."""
+        """The experts by score and bias; a training forward counts them."""
         choice = super().decide(x, call)
         if self.training:
             self.count(choice.index, call.mask)
@@ -111,11 +111,11 @@ class BiasBalancedRouter(GroupLimitedRouter):
     @torch.no_grad()
     def count(self, index_TK: Tensor, mask_T: Tensor | None = None) -> None:
         """Add these slots to ``counts``, unless a checkpoint runs the forward again."""
-        if load.counts():
+        if execution.is_forward():
             counts_E = losses.assignment_totals(index_TK, self.num_experts, mask_T)[:-1]
             if not torch.compiler.is_dynamo_compiling() and self.counts.is_meta and not counts_E.is_meta:
-                self.counts = load.static_counter(torch.zeros_like(counts_E))
-            load.accumulate(self.counts, counts_E)
+                self.counts = execution.static_counter(torch.zeros_like(counts_E))
+            execution.accumulate(self.counts, counts_E)
 
     def update_bias(self) -> None:
         """Move the bias against the load since the last update, of all ranks of ``group``; all must call it."""
@@ -126,7 +126,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         super()._apply(fn, recurse)
         if self.expert_bias.dtype not in (torch.float32, torch.float64):
             self.expert_bias = bias.to(self.expert_bias.device)
-        self.counts = load.static_counter(fn(self.counts))
+        self.counts = execution.static_counter(fn(self.counts))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

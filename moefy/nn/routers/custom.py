@@ -11,33 +11,36 @@ T tokens, D width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moefy.errors import ConfigError, ShapeError
-from moefy.nn import functional
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
+from moefy.nn.routing.layout import TokenLayout, as_tokens
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("custom")
 class CustomRouter(Router):
-    """A router around somebody's module.
+    """A router around a module of the user's.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K, for a module that gives logits.
         module: called with the tokens, features last; returns ``[..., E]`` logits or a ``Choice``.
-        sums_to_one: whether the weights of its choices sum to 1; ``None`` asks the module's own attribute of that
-            name. Without one, logits do and choices do not, which a call with one token tells when somebody asks.
+        sums_to_one: whether the weights of its choices sum to 1; ``None`` takes the module's own attribute of that
+            name. If unset: logits sum to one, a ``Choice`` does not. Which one the module returns is found by calling
+            it once on a zero token.
         options: of ``Router``; they initialise nothing here.
 
     Raises:
         ConfigError: when ``module`` is not callable.
         ShapeError: from ``forward``, for logits or a choice of another shape.
     """
+
+    formula: ClassVar[str] = "any module: logits as top_k, a Choice as it is"
+    source: ClassVar[str] = "yours"
 
     def __init__(
         self,
@@ -56,12 +59,12 @@ class CustomRouter(Router):
         self._sums_to_one = getattr(module, "sums_to_one", None) if sums_to_one is None else sums_to_one
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """None but the module's."""
+        """Create no parameters beside the module's."""
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """The module's and its children's, where they have such a method."""
+        """Reset the module and its children, where they have such a method."""
         module = self.__dict__.get("module") or self._modules.get("module")
         for child in module.modules() if isinstance(module, nn.Module) else ():
             reset = getattr(child, "reset_parameters", None)
@@ -70,7 +73,7 @@ class CustomRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """As told, else as a call with one token shows."""
+        """The option or the module's attribute; without both, whether the module returns logits."""
         return self._gives_logits() if self._sums_to_one is None else self._sums_to_one
 
     @torch.no_grad()
@@ -80,20 +83,20 @@ class CustomRouter(Router):
         with torch.random.fork_rng():
             try:
                 return isinstance(self.module(token), Tensor)
-            except Exception:  # somebody's code, on a token it may not expect: then nothing is known
+            except Exception:  # the user's code, on a token that it may not expect: then nothing is known
                 return False
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """What the module says."""
-        axis = functional.feature_axis(x.dim(), call.feature_dim)
-        answer = self.module(x if axis == x.dim() - 1 else x.movedim(axis, -1))
-        tokens = functional.count(functional.leading_shape(x, call.feature_dim))
+        """The choice of the module, or the K largest of its logits."""
+        layout = TokenLayout.of(x, call.feature_dim)
+        answer = self.module(x if layout.feature_dim == -1 else x.movedim(layout.feature_dim, -1))
+        tokens = layout.num_tokens
         if isinstance(answer, Choice):
             if answer.index.shape != answer.weights.shape or answer.index.shape[0] != tokens:
                 got = (tuple(answer.index.shape), tuple(answer.weights.shape))
                 raise ShapeError(f"{self._name()}: index and weights of shapes {got}; expected [{tokens}, K]")
             return answer
-        logits_TE = functional.as_tokens(answer)
+        logits_TE = as_tokens(answer)
         if logits_TE.shape != (tokens, self.num_experts):
             raise ShapeError(
                 f"{self._name()}: logits {tuple(answer.shape)} for tokens {tuple(x.shape)}; expected "

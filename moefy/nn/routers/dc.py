@@ -4,21 +4,21 @@ T tokens of all workers, E experts, W workers.
 
     an expert keeps its first ceil(rate * T / W) slots, in the order of tokens; then as GShard
 
-Contract: a slot that chance drops afterwards has taken its seat. FastMoE seats in the order of its atomics, which is no
-order; here it is the order of tokens and choices.
+Contract: a slot that is dropped at random afterwards has taken its seat. FastMoE seats slots in the order in which its
+atomics run, which differs from run to run; here the order is that of tokens and choices.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from moefy.config import Capacity
-from moefy.config.fields import is_finite, is_int
+from moefy.config.fields import is_finite, positive_int
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.gshard import GShardRouter, random_second
 from moefy.nn.routing.capacity import queue_ranks, rule_capacity
 from moefy.nn.routing.routing import Choice
@@ -27,7 +27,7 @@ _RULE = Capacity(rule="fastmoe_dc")
 
 
 def limit_slots(choice: Choice, seats: int, num_experts: int) -> Choice:
-    """``choice`` with the slots dropped that come behind the first ``seats`` of their expert."""
+    """``choice`` without the slots behind the first ``seats`` of their expert."""
     drop_TK = queue_ranks(choice.index, num_experts) >= seats
     return dataclasses.replace(
         choice,
@@ -36,13 +36,11 @@ def limit_slots(choice: Choice, seats: int, num_experts: int) -> Choice:
     )
 
 
+@register_router("dc")
 class DCRouter(GShardRouter):
     """FastMoE's DCGate. K is 2.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: 2.
         rates: seats of an expert per token of one worker, in training and in evaluation.
         num_workers: W, over whose tokens T counts.
         options: of ``GShardRouter``.
@@ -50,6 +48,9 @@ class DCRouter(GShardRouter):
     Raises:
         ConfigError: for rates that are not positive, or no worker.
     """
+
+    formula: ClassVar[str] = "gshard, an expert taking ceil(rate * T / W) slots"
+    source: ClassVar[str] = "FastMoE"
 
     def __init__(
         self,
@@ -65,17 +66,15 @@ class DCRouter(GShardRouter):
         pair = isinstance(rates, tuple | list) and len(rates) == 2
         if not (pair and all(is_finite(rate) and rate > 0 for rate in rates)):
             raise ConfigError("rates", got=rates, expected="two numbers > 0, for training and evaluation")
-        if not is_int(num_workers, 1):
-            raise ConfigError("num_workers", got=num_workers, expected="an int >= 1")
-        self.rates, self.num_workers = tuple(rates), num_workers
+        self.rates, self.num_workers = tuple(rates), positive_int("num_workers", num_workers)
 
     @property
     def sums_to_one(self) -> bool:
-        """Where every expert has a seat for every token and chance drops none."""
+        """Whether every expert has a seat for every token and no second expert is dropped at random."""
         return min(self.rates) >= self.num_workers and not self.random_routing
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """Seats first, chance second."""
+        """The two best experts, limited to the seats; in training the second is dropped at random after that."""
         choice = Router.choose(self, self.logits(x, call.feature_dim), call.top_k)
         if call.mask is not None:
             choice = choice.masked(call.mask, self.num_experts)

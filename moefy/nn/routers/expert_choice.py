@@ -4,23 +4,23 @@ T tokens, E experts, C = min(T, ceil(T * factor / E)) tokens per expert.
 
     S = softmax(logits) over the experts     expert e takes the C largest of S[:, e]     w = S[t, e]
 
-Contract: perfectly balanced, nothing to learn for it. NOT CAUSAL: whether a token is taken depends on all tokens of the
-batch, later ones included, so a decoder must not generate with it. A token may have any number of experts, also none;
-it is written with K = E slots, slot e being expert e, and the slots that were not taken are dropped. Equal scores go to
-the lower token.
+Contract: every expert gets the same number of tokens, without a loss. NOT CAUSAL: whether a token is taken depends on
+all tokens of the batch, later ones included, so a decoder must not generate with it. A token may have any number of
+experts, also none; it has K = E slots, slot e for expert e, and the slots that were not taken are dropped. Of equal
+scores the lower token wins.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routing.routing import Choice
 
 
@@ -42,12 +42,11 @@ def taken_tokens(scores_TE: Tensor, seats: int | Tensor, mask_T: Tensor | None =
     return taken_TE if mask_T is None else taken_TE & mask_T.unsqueeze(1)
 
 
+@register_router("expert_choice")
 class ExpertChoiceRouter(Router):
     """Expert choice. Not causal.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: experts per token on average, unless ``factor`` says otherwise.
         factor: experts per token on average, the paper's capacity factor; ``None`` is ``top_k``.
         options: of ``Router``.
@@ -55,6 +54,9 @@ class ExpertChoiceRouter(Router):
     Raises:
         ConfigError: for a factor outside ``(0, E]``.
     """
+
+    formula: ClassVar[str] = "each expert takes its C best tokens; not causal"
+    source: ClassVar[str] = "Zhou et al. 2022"
 
     def __init__(
         self, d_model: int, num_experts: int, top_k: int, *, factor: float | None = None, **options: Any
@@ -66,7 +68,7 @@ class ExpertChoiceRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """A token has as many experts as take it."""
+        """False: a token has as many experts as take it, also none."""
         return False
 
     def decide(self, x: Tensor, call: Call) -> Choice:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError
+from moefy.nn.routers.base import register_router
 from moefy.nn.routers.scored import Score, ScoreTopK, top_k_index
 
 
@@ -36,12 +37,11 @@ def limit_to_groups(scores_TE: Tensor, n_groups: int, topk_groups: int, best: in
     return grouped_TGS.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
 
 
+@register_router("group_limited")
 class GroupLimitedRouter(ScoreTopK):
     """Sigmoid scores by default, as DeepSeek-V3.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K, at most the experts in ``topk_groups`` groups.
         n_groups: how many groups; 1 limits nothing.
         topk_groups: how many of them a token may use; ``None`` is half of them.
@@ -52,6 +52,8 @@ class GroupLimitedRouter(ScoreTopK):
         ConfigError: for values outside their domain.
     """
 
+    formula: ClassVar[str] = "top K within each token's best groups of experts"
+    source: ClassVar[str] = "DeepSeek-V2 and V3"
     own_score: ClassVar[Score] = "sigmoid"
     own_renormalize: ClassVar[bool] = True
 
@@ -79,7 +81,7 @@ class GroupLimitedRouter(ScoreTopK):
         super().__init__(d_model, num_experts, top_k, **options)
 
     def check_top_k(self, top_k: int) -> None:
-        """The chosen groups must hold K experts."""
+        """Raise ``ConfigError`` also when the chosen groups hold fewer than K experts."""
         super().check_top_k(top_k)
         limit = self.topk_groups * (self.num_experts // self.n_groups)
         if top_k > limit:
@@ -87,11 +89,11 @@ class GroupLimitedRouter(ScoreTopK):
 
     @property
     def ranks_logits(self) -> bool:
-        """With one group."""
+        """Whether there is one group only, so that the logits alone pick the experts."""
         return self.n_groups == 1
 
     def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
-        """The scores, those of other groups being -inf."""
+        """The scores, -inf outside each token's best groups."""
         if self.n_groups == 1:
             return scores_TE
         best = max(1, top_k // self.topk_groups) if self.group_best is None else self.group_best

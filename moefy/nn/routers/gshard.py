@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moefy.nn.routers.base import Router
+from moefy.nn.routers.base import Router, register_router
 from moefy.nn.routing.routing import Choice
 
 
@@ -29,17 +29,17 @@ def random_second(choice: Choice, num_experts: int) -> Choice:
     )
 
 
+@register_router("gshard")
 class GShardRouter(Router):
-    """GShard's router. K is 2. Its capacity is a matter of ``Capacity``.
+    """GShard's router. K is 2. GShard's limit per expert is a separate option, ``Capacity(rule="gshard")``.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: 2.
         random_routing: whether the second expert is dropped at random in training.
         options: of ``Router``.
     """
 
+    formula: ClassVar[str] = "K = 2; the second dropped if 2 w2 < U[0, 1]"
+    source: ClassVar[str] = "Lepikhin et al. 2020"
     only_top_k: ClassVar[int | None] = 2
 
     def __init__(
@@ -50,11 +50,11 @@ class GShardRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """Not where second experts are dropped; in evaluation none are."""
+        """Whether no second expert is dropped; evaluation drops none."""
         return not self.random_routing
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
-        """The two best, the second one by chance."""
+        """The two best experts; in training the second one is dropped at random."""
         choice = super().choose(logits_TE, top_k)
         if not self.training or not self.random_routing:
             return choice

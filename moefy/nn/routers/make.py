@@ -22,9 +22,8 @@ from torch import nn
 
 from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
 from moefy.errors import ConfigError, UnknownOption, suggest
-from moefy.nn.routers.base import Router
+from moefy.nn.routers.base import ROUTERS, Router
 from moefy.nn.routers.custom import CustomRouter
-from moefy.nn.routers.table import ROUTERS
 from moefy.nn.seeding import seeded
 
 RouterLike: TypeAlias = str | RouterSpec | nn.Module | Callable[..., nn.Module]
@@ -85,7 +84,7 @@ def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Ten
         "device": like.device,
         "dtype": like.dtype,
     }
-    router = make_router(config.router, d_model, config.num_experts, config.top_k, **place)
+    router = make_router(config.router, d_model, config.num_experts, config.experts_per_token, **place)
     router.capacity = Capacity.of(config.capacity)
     router.aux_loss = AuxLoss.of(config.aux_loss)
     return router
@@ -94,7 +93,7 @@ def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Ten
 def check_router(config: MoEConfig) -> None:
     """Raise ``ConfigError`` or ``UnknownOption`` for a router by name that no layer could have."""
     if isinstance(config.router, str | RouterSpec):
-        make_router(config.router, 8, config.num_experts, config.top_k, device="meta")
+        make_router(config.router, 8, config.num_experts, config.experts_per_token, device="meta")
 
 
 def _by_name(spec: RouterSpec, sizes: dict[str, int], place: dict[str, Any]) -> Router:

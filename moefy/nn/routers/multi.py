@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from moefy.config import RouterSpec
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
+from moefy.nn.routers.make import make_router
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("multi")
 class MultiRouter(Router):
     """Several routers; ``router_index`` says which decides.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K of the routers whose spec has no ``top_k`` of its own.
         routers: at least one, each what ``router=`` takes; a spec may have ``top_k`` among its options.
         router_index: which decides when a call does not say.
@@ -36,6 +36,9 @@ class MultiRouter(Router):
     Raises:
         ConfigError: for no router, or an index that does not exist.
     """
+
+    formula: ClassVar[str] = "one of several routers, by router_index"
+    source: ClassVar[str] = "Tutel"
 
     def __init__(
         self,
@@ -58,8 +61,6 @@ class MultiRouter(Router):
         self.router_index = router_index
 
     def _make(self, router: Any, fqn: str, options: dict[str, Any]) -> Router:
-        from moefy.nn.routers import make_router  # this class is in its table
-
         top_k = self.top_k
         if isinstance(router, RouterSpec) and "top_k" in router.options:
             own = router.options
@@ -70,41 +71,41 @@ class MultiRouter(Router):
         return make_router(router, self.d_model, self.num_experts, top_k, **{**options, "fqn": fqn})
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """None of its own."""
+        """Create no parameters beside those of the routers."""
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """Those of every router; they do so themselves while this one is made."""
+        """Reset every router. While this one is made it has none yet, and each draws its parameters itself."""
         if "routers" in self._modules:
             for router in self.routers:
                 self._cast(router).reset_parameters()
 
     @property
     def num_routers(self) -> int:
-        """How many there are."""
+        """The number of routers, which ``router_index`` is below."""
         return len(self.routers)
 
     @property
     def sums_to_one(self) -> bool:
-        """When all do."""
+        """Whether the weights of all routers sum to 1."""
         return all(self._cast(router).sums_to_one for router in self.routers)
 
     @property
     def self_contained(self) -> bool:
-        """When all are."""
+        """Whether no router needs more than the tokens."""
         return all(self._cast(router).self_contained for router in self.routers)
 
     def top_k_of(self, router_index: int | None) -> int:
-        """That router's K."""
+        """K of the router of that index."""
         return self.chosen(router_index).top_k
 
     def chosen(self, router_index: int | None = None) -> Router:
-        """The router of that index; of the default one for ``None``."""
+        """The router of that index; the default one for ``None``."""
         return self._cast(self.routers[self.router_index if router_index is None else router_index])
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """As the chosen one does."""
+        """The choice of the router that the call or ``router_index`` picks."""
         router = self.chosen(call.router_index)
         router.check_top_k(call.top_k)
         return router.decide(x, call)

@@ -10,7 +10,7 @@ weight. In evaluation there is no noise and no loss: the load is defined by the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,16 @@ from torch import Tensor, nn
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn import functional, losses
-from moefy.nn.routers.base import Call, Router
+from moefy.nn import losses
+from moefy.nn.routers.base import Call, Router, register_router, router_logits
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("noisy_top_k")
 class NoisyTopKRouter(Router):
     """Shazeer's router, FastMoE's NoisyGate.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         noise_epsilon: the least standard deviation of the noise; 0.01 in the authors' code and in FastMoE.
         options: of ``Router``.
 
@@ -40,6 +38,9 @@ class NoisyTopKRouter(Router):
         ConfigError: for an epsilon that is not positive, which the load divides by.
     """
 
+    formula: ClassVar[str] = "l + N * (softplus(x W_n) + eps);  w = softmax(l[c])"
+    source: ClassVar[str] = "Shazeer et al. 2017"
+
     def __init__(
         self, d_model: int, num_experts: int, top_k: int, *, noise_epsilon: float = 1e-2, **options: Any
     ) -> None:
@@ -49,21 +50,21 @@ class NoisyTopKRouter(Router):
         self.noise_epsilon = noise_epsilon
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """Two matrices."""
+        """Create the matrix of the logits and that of the noise."""
         super().make_parameters(bias, **like)
         self.noise_weight = nn.Parameter(torch.empty(self.num_experts, self.d_model, **like))
 
     def reset_parameters(self) -> None:
-        """Draw ``weight``; ``noise_weight`` is zero."""
+        """Draw ``weight``, and set ``noise_weight`` to zero."""
         super().reset_parameters()
         nn.init.zeros_(self.noise_weight)
 
     def noise_std(self, x: Tensor, feature_dim: int = -1) -> Tensor:
         """``[T, E]``: the standard deviation of each logit's noise."""
-        return F.softplus(functional.router_logits(x, self.noise_weight, feature_dim)) + self.noise_epsilon
+        return F.softplus(router_logits(x, self.noise_weight, feature_dim)) + self.noise_epsilon
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The K best noisy logits."""
+        """The K best logits, noisy in training, where the two losses are computed too."""
         clean_TE = self.logits(x, call.feature_dim)
         if not self.training:
             return self.choose(clean_TE, call.top_k)
@@ -73,6 +74,6 @@ class NoisyTopKRouter(Router):
         importance = losses.sparse_importance(
             choice.weights, choice.index, self.num_experts, mask_T=call.mask
         )
-        load = losses.load(clean_TE, noisy_TE, std_TE, call.top_k, mask_T=call.mask)
+        load = losses.smooth_load(clean_TE, noisy_TE, std_TE, call.top_k, mask_T=call.mask)
         choice.losses = {"importance": importance, "load": load}
         return choice

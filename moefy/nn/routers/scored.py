@@ -23,7 +23,7 @@ from torch import Tensor
 from moefy import ops
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Router
+from moefy.nn.routers.base import Router, register_router
 from moefy.nn.routing.routing import Choice
 
 Score = Literal["softmax", "sigmoid"]
@@ -48,13 +48,11 @@ def renormalized(logits_TE: Tensor, index_TK: Tensor, score: Score = "softmax") 
     return torch.softmax(chosen_TK if score == "softmax" else F.logsigmoid(chosen_TK), dim=-1)
 
 
+@register_router("softmax_top_k")
 class ScoreTopK(Router):
     """Softmax over all experts, then the K best.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         renormalize: divide the K weights by their sum (Qwen's ``norm_topk_prob``, torchtitan's ``route_norm``).
             ``None`` is the class's own: False for "softmax_top_k", True for the others.
         scale: multiplies the weights; DeepSeek-V3 has 2.5.
@@ -65,6 +63,8 @@ class ScoreTopK(Router):
         ConfigError: for values outside their domain.
     """
 
+    formula: ClassVar[str] = "c = top K of s;  w = s[c], or divided by their sum"
+    source: ClassVar[str] = "V-MoE, DeepSeek-MoE, Qwen"
     own_score: ClassVar[Score] = "softmax"
     own_renormalize: ClassVar[bool] = False
 
@@ -91,11 +91,11 @@ class ScoreTopK(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """With renormalisation and without scaling."""
+        """Whether the weights are renormalised and not scaled."""
         return self.renormalize and self.scale == 1
 
     def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
-        """``[T, E]``: what the K best are taken of, unless it is the logits."""
+        """``[T, E]``: the values whose K best are chosen, unless ``ranks_logits``."""
         return scores_TE
 
     @property
@@ -123,8 +123,11 @@ class ScoreTopK(Router):
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE, scores=scores_TE)
 
 
+@register_router("sigmoid")
 class SigmoidTopK(ScoreTopK):
     """Sigmoid scores, the K best, divided by their sum: DeepSeek-V3 (2024, equations 13 to 15) without its bias."""
 
+    formula: ClassVar[str] = "w = sigmoid(l)[c] / sum * scale"
+    source: ClassVar[str] = "DeepSeek-V3"
     own_score: ClassVar[Score] = "sigmoid"
     own_renormalize: ClassVar[bool] = True

@@ -5,7 +5,7 @@ T tokens of all workers, E experts, W workers of E / W experts each, K top-k.
     round k: every token asks the worker of its k-th best expert. A worker takes them in the order of tokens until its
     quota is gone, which is its share of T * K at first and carries over to later rounds. The others fill, in order, the
     workers with quota left, and land on their expert number k mod (E / W).
-    w = softmax over the logits of the experts that it became
+    w = softmax over the logits of the experts that the token ends up with
 
 Contract: the reference of the algorithm, for all workers in one process: tokens are in the order of the ranks. Only
 training swipes; evaluation is plain top-k. A token may get the same expert twice.
@@ -16,14 +16,14 @@ training swipes; evaluation is plain top-k. A token may get the same expert twic
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.scored import renormalized, top_k_index
 from moefy.nn.routing.routing import Choice
 
@@ -61,19 +61,20 @@ def worker_quota(tokens: Tensor, num_workers: int, top_k: int) -> Tensor:
     return (tokens // num_workers + (workers_W < tokens % num_workers)) * top_k
 
 
+@register_router("swipe")
 class SwipeRouter(Router):
     """FastMoE's SwipeGate.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         num_workers: W, a divisor of E.
         options: of ``Router``.
 
     Raises:
         ConfigError: for a number of workers that does not divide E.
     """
+
+    formula: ClassVar[str] = "top K, moved until all workers have equally many"
+    source: ClassVar[str] = "FastMoE, BaGuaLu"
 
     def __init__(
         self, d_model: int, num_experts: int, top_k: int, *, num_workers: int = 1, **options: Any
@@ -94,7 +95,7 @@ class SwipeRouter(Router):
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
 
     def balanced(self, index_TK: Tensor, mask_T: Tensor | None = None) -> Tensor:
-        """``index_TK`` after its K rounds."""
+        """``[T, K]``: ``index_TK`` after K rounds, when every worker has its share."""
         tokens, top_k = index_TK.shape
         device = index_TK.device
         count = torch.full((), tokens, device=device) if mask_T is None else mask_T.sum()

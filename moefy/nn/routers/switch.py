@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
+from moefy.nn.routers.base import register_router
 from moefy.nn.routers.scored import ScoreTopK
 
 Noise = Literal["input", "fastmoe"]
@@ -27,13 +28,11 @@ def uniform_around_one(like: Tensor, jitter: float) -> Tensor:
     return torch.rand_like(like, dtype=dtype) * (2 * jitter) + (1 - jitter)
 
 
+@register_router("switch")
 class SwitchRouter(ScoreTopK):
     """Switch Transformer's router. K is 1.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: 1.
         jitter: half the width of the noise in training; 0 is none. The paper has 0.01, FastMoE 0.1.
         noise: "input" multiplies the router's input, "fastmoe" is added to the logits.
         options: of ``ScoreTopK``.
@@ -42,6 +41,8 @@ class SwitchRouter(ScoreTopK):
         ConfigError: for values outside their domain.
     """
 
+    formula: ClassVar[str] = "l of x * U[1 - j, 1 + j];  K = 1;  w = s[c]"
+    source: ClassVar[str] = "Fedus et al. 2022"
     only_top_k: ClassVar[int | None] = 1
 
     def __init__(
@@ -62,7 +63,7 @@ class SwitchRouter(ScoreTopK):
         self.jitter, self.noise = jitter, noise
 
     def logits(self, x: Tensor, feature_dim: int = -1) -> Tensor:
-        """``[T, E]``, noisy in training."""
+        """``[T, E]`` scores, with the noise in training."""
         if not self.training or self.jitter == 0:
             return super().logits(x, feature_dim)
         if self.noise == "input":

@@ -1,44 +1,40 @@
-"""``ROUTERS``: the routers by name. What each computes is in the table of ``moefy.nn.routers``."""
+"""``router_table``: what every registered router computes, where the formula is from, and the router's options.
+
+Contract: the text is made of the classes alone: ``formula``, ``source`` and the constructor's keywords.
+
+    >>> print("\\n".join(router_table().splitlines()[-2:]))
+    zero           c = 0 for all K slots;  w = 1 / K                      FastMoE
+                   options: those of top_k
+"""
 
 from __future__ import annotations
 
-from moefy.nn.routers.base import Router
-from moefy.nn.routers.bias_balanced import BiasBalancedRouter
-from moefy.nn.routers.cosine import CosineRouter
-from moefy.nn.routers.custom import CustomRouter
-from moefy.nn.routers.dc import DCRouter
-from moefy.nn.routers.expert_choice import ExpertChoiceRouter
-from moefy.nn.routers.group_limited import GroupLimitedRouter
-from moefy.nn.routers.gshard import GShardRouter
-from moefy.nn.routers.multi import MultiRouter
-from moefy.nn.routers.noisy_top_k import NoisyTopKRouter
-from moefy.nn.routers.replay import ReplayRouter
-from moefy.nn.routers.scored import ScoreTopK, SigmoidTopK
-from moefy.nn.routers.swipe import SwipeRouter
-from moefy.nn.routers.switch import SwitchRouter
-from moefy.nn.routers.token_hash import HashRouter
-from moefy.nn.routers.topology import TopologyRouter
-from moefy.nn.routers.tutel import TutelTopRouter
-from moefy.nn.routers.zero import ZeroRouter
+import inspect
+from collections.abc import Iterator
 
-ROUTERS: dict[str, type[Router]] = {
-    "top_k": Router,
-    "softmax_top_k": ScoreTopK,
-    "sigmoid": SigmoidTopK,
-    "switch": SwitchRouter,
-    "gshard": GShardRouter,
-    "noisy_top_k": NoisyTopKRouter,
-    "tutel_top": TutelTopRouter,
-    "cosine": CosineRouter,
-    "dc": DCRouter,
-    "swipe": SwipeRouter,
-    "zero": ZeroRouter,
-    "topology": TopologyRouter,
-    "group_limited": GroupLimitedRouter,
-    "bias_balanced": BiasBalancedRouter,
-    "expert_choice": ExpertChoiceRouter,
-    "hash": HashRouter,
-    "replay": ReplayRouter,
-    "multi": MultiRouter,
-    "custom": CustomRouter,
-}
+from moefy.nn.routers.base import ROUTERS, Router
+
+
+def router_table() -> str:
+    """Two lines per router, in the order of their names: name, formula and source; then the options."""
+    width = max(len(cls.formula) for cls in ROUTERS.values())
+    lines = []
+    for name, cls in sorted(ROUTERS.items()):
+        lines.append(f"{name:<13}  {cls.formula:<{width}}  {cls.source}")
+        lines.append(f"{'':<13}  options: {_options(cls)}")
+    return "\n".join(lines)
+
+
+def _options(cls: type[Router]) -> str:
+    """The keywords of ``cls`` with their defaults, and the router whose options it takes too."""
+    own = ", ".join(_keywords(cls))
+    base = next((f"those of {name}" for name, known in ROUTERS.items() if known in cls.__bases__), "")
+    return f"{own}, and {base}" if own and base else own or base
+
+
+def _keywords(cls: type[Router]) -> Iterator[str]:
+    if "__init__" not in vars(cls):
+        return
+    for parameter in inspect.signature(cls.__init__).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("fqn", "device", "dtype"):
+            yield f"{parameter.name}={parameter.default!r}"

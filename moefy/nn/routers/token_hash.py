@@ -6,7 +6,7 @@ T tokens, E experts, K top-k, V table size.
 
 Contract: balanced over ids (every expert gets V/E of them, up to one), deterministic by seed and layer name, no
 parameters, nothing to learn. Ids come with the call (``token_ids=``), from the attribute ``token_ids``, or from a
-model's own argument: ``route_by_token_ids(model)``. Without ids there is the position.
+model's own argument: ``route_by_token_ids(model)``. With ``by="position"`` the router needs no ids.
 
     >>> router = HashRouter(16, 8, 1, by="token", size=50_000)
     >>> router(x, token_ids=input_ids)
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from moefy.config.fields import is_int
 from moefy.errors import ConfigError, DtypeError, RoutingError, ShapeError
-from moefy.nn import functional
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
+from moefy.nn.routing.layout import TokenLayout, numel
 from moefy.nn.routing.routing import Choice
 from moefy.nn.seeding import seeded_generator
 
@@ -40,17 +40,16 @@ def hash_table(size: int, num_experts: int, seed: int, fqn: str) -> Tensor:
 def positions(leading: tuple[int, ...], device: torch.device) -> Tensor:
     """``[T]`` int64: the place of each token within its row, the first of two or more leading axes being the batch."""
     if len(leading) < 2:
-        return torch.arange(functional.count(leading), device=device)
-    own = functional.count(leading[1:])
+        return torch.arange(numel(leading), device=device)
+    own = numel(leading[1:])
     return torch.arange(own, device=device).expand(leading[0], own).reshape(-1)
 
 
+@register_router("hash")
 class HashRouter(Router):
     """Random hash routing.
 
     Args:
-        d_model: D.
-        num_experts: E.
         top_k: K; the paper has 1.
         by: "token" hashes vocabulary ids, "position" the place in the sequence.
         size: V, the vocabulary or the longest sequence; larger ids wrap around.
@@ -66,6 +65,8 @@ class HashRouter(Router):
         DtypeError: from ``forward``, for ids that are no integers.
     """
 
+    formula: ClassVar[str] = "c = table[id or position] + k;  w = 1 / K"
+    source: ClassVar[str] = "Roller et al. 2021"
     table: Tensor
 
     def __init__(
@@ -87,26 +88,26 @@ class HashRouter(Router):
         self.token_ids: Tensor | None = None
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """The table."""
+        """Create the table of experts."""
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         self.register_buffer("table", torch.empty(self.size, dtype=torch.int64, device=like.get("device")))
 
     def reset_parameters(self) -> None:
-        """The same table every time and on every rank."""
+        """Fill the table; the same values every time and on every rank."""
         if not self.table.is_meta:
             self.table.copy_(hash_table(self.size, self.num_experts, self.seed, self.fqn))
 
     @property
     def self_contained(self) -> bool:
-        """By position."""
+        """Whether the router hashes positions, which need no ids."""
         return self.by == "position"
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """What the table says."""
-        leading = functional.leading_shape(x, call.feature_dim)
-        tokens = functional.count(leading)
-        ids_T = positions(leading, x.device) if self.by == "position" else self._ids(call, tokens)
+        """The experts of the table; the scores are 1 / K for these."""
+        layout = TokenLayout.of(x, call.feature_dim)
+        tokens = layout.num_tokens
+        ids_T = positions(layout.leading, x.device) if self.by == "position" else self._ids(call, tokens)
         first_T = self.table[ids_T.remainder(self.size)]
         slots_K = torch.arange(call.top_k, device=x.device)
         index_TK = (first_T.unsqueeze(1) + slots_K) % self.num_experts

@@ -14,14 +14,14 @@ are computed and one is selected on the device.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moefy.config.fields import is_finite, is_int
 from moefy.errors import ConfigError
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.scored import renormalized, top_k_index
 from moefy.nn.routing.routing import Choice
 
@@ -55,13 +55,11 @@ def topology_index(
     return torch.where(leaves_T.sum() < outgoing, best_TK, limited_TK)
 
 
+@register_router("topology")
 class TopologyRouter(Router):
     """FasterMoE's topology-aware gate, which has K=2.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         experts_per_node: G; ``None`` is E, one node.
         outgoing_fraction: f, the share of tokens that may leave.
         node: which node this is; its experts are ``[node * G, (node + 1) * G)``. A rank of R experts is on node
@@ -71,6 +69,9 @@ class TopologyRouter(Router):
     Raises:
         ConfigError: for values outside their domain.
     """
+
+    formula: ClassVar[str] = "top K of the own node, a share f of tokens may leave"
+    source: ClassVar[str] = "FasterMoE"
 
     def __init__(
         self,
@@ -97,14 +98,14 @@ class TopologyRouter(Router):
         self.outgoing_fraction, self.node = outgoing_fraction, node
 
     def check_top_k(self, top_k: int) -> None:
-        """K experts must be near."""
+        """Raise ``ConfigError`` also when the own node has fewer than K experts."""
         super().check_top_k(top_k)
         if top_k > self.experts_per_node:
             expected = f"top_k <= experts_per_node = {self.experts_per_node}"
             raise ConfigError("top_k", got=top_k, expected=expected)
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The experts of each token."""
+        """The K best experts, limited to the own node for all but a few tokens."""
         logits_TE = self.logits(x, call.feature_dim)
         ids_E = torch.arange(self.num_experts, device=logits_TE.device)
         near_E = ids_E // self.experts_per_node == self.node

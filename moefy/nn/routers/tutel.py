@@ -4,13 +4,13 @@ T tokens, E experts, K top-k.
 
     s = softmax(logits + gate_noise * N(0, 1) / E)     w = s[chosen], for K > 1 divided by their sum
 
-Contract: with noise, in training, ``Choice.losses["load_importance"]`` holds Tutel's other loss, see
-``moefy.nn.losses.balance``: with all in logits, or in the mixed units of the original.
+Contract: with noise, in training, ``Choice.losses["load_importance"]`` holds Tutel's load-importance loss
+(``moefy.nn.losses.load_importance``): with every term in logits, or with ``mixed_units`` in the units of the original.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,18 +18,16 @@ from torch import Tensor
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn import losses
-from moefy.nn.routers.base import Call, Router
+from moefy.nn.routers.base import Call, Router, register_router
 from moefy.nn.routers.scored import top_k_index
 from moefy.nn.routing.routing import Choice
 
 
+@register_router("tutel_top")
 class TutelTopRouter(Router):
     """Tutel's ``top`` gate.
 
     Args:
-        d_model: D.
-        num_experts: E.
-        top_k: K.
         gate_noise: the standard deviation of the noise in training, times E; 0 is none.
         normalize_gate: divide the weights by their sum where K > 1.
         mixed_units: take the load loss as Tutel does, from clean probabilities and noisy logits.
@@ -38,6 +36,9 @@ class TutelTopRouter(Router):
     Raises:
         ConfigError: for negative noise.
     """
+
+    formula: ClassVar[str] = "s of l + noise * N / E;  w = s[c] / sum"
+    source: ClassVar[str] = "Tutel"
 
     def __init__(
         self,
@@ -57,11 +58,11 @@ class TutelTopRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """Where the weights are normalised, which takes two of them."""
+        """Whether the weights are divided by their sum, which takes two of them."""
         return self.normalize_gate and self.top_k > 1
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The K best noisy scores."""
+        """The K best scores; in training they are noisy, and the loss is computed too."""
         clean_TE = self.logits(x, call.feature_dim)
         if not self.training or self.gate_noise == 0:
             return self.choose(clean_TE, call.top_k)
@@ -74,7 +75,7 @@ class TutelTopRouter(Router):
         return choice
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
-        """The K best of the softmax."""
+        """The K best of a softmax over all experts."""
         if self.normalize_gate and top_k > 1:  # the same number as the softmax over the chosen
             return super().choose(logits_TE, top_k)
         scores_TE = torch.softmax(logits_TE, dim=-1)

@@ -1,85 +1,77 @@
-"""Dense weights to stacked experts and back. Tensors in, tensors out.
+"""``copy``: every expert is the dense FFN.
 
-``stack`` copies a dense weight E times in ``nn.Linear`` layout, ``unstack`` returns one expert in the dense layout:
+Sparse Upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055): with routing weights that sum to 1 the output is the dense
+one. A dense weight becomes E copies in ``nn.Linear`` layout:
 
     nn.Linear weight [out, in]   Conv1D weight [in, out]   1x1 conv weight [out, in, 1, 1]   ->   [E, out, in]
 
-Copies make the start exact (Sparse Upcycling, Komatsuzaki et al. 2022: with weights that sum to 1 the output is the
-dense one). ``add_noise`` breaks the symmetry between them afterwards.
+Shape letters: E experts, O output width, I input width.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from moefy.nn.seeding import seeded_generator
+from moefy.rewrite.methods.base import DenseWeight, Method, Origin, Stacked, Stored
 
-Stored = Literal["out_in", "in_out", "conv", "bias"]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a stacked parameter comes from: the dense parameter's shape, layout, dtype, and a fingerprint of it."""
+class Copy(Method):
+    """E copies. Expert 0 stays the dense FFN bit by bit until it is trained, so ``undo`` gives it back."""
 
-    layout: Stored
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-    fingerprint: int | None
+    name = "copy"
+    exactness = "exact"
+
+    def stack(self, dense: Iterable[DenseWeight]) -> dict[str, Stacked]:
+        """Copies of each weight."""
+        return {weight.fqn: self._copies(weight) for weight in dense}
+
+    def _copies(self, weight: DenseWeight) -> Stacked:
+        dense = weight.parameter
+        stacked = copies(dense, self.config.num_experts, weight.stored)
+        mark = fingerprint(stacked[0])
+        origin = Origin(self.name, weight.stored, tuple(dense.shape), dense.requires_grad, mark)
+        return Stacked(stacked, origin)
+
+    def warning(self) -> str | None:
+        """Identical experts have no gradient for the router (README, "Symmetry")."""
+        if self.config.num_experts == 1:
+            return None
+        return (
+            "identical experts give the router no gradient until they diverge; "
+            "expert_noise=0.01 breaks the symmetry"
+        )
 
     @classmethod
-    def of(cls, dense: Tensor, layout: Stored, stacked: Tensor) -> Origin:
-        """Describe ``dense``, whose copies are ``stacked``."""
-        mark = fingerprint(stacked[0])
-        return cls(layout, tuple(dense.shape), dense.dtype, dense.requires_grad, mark)
-
-    def untouched(self, stacked_EOI: Tensor) -> bool:
+    def is_untouched(cls, stacked: Tensor, origin: Origin) -> bool:
         """Whether expert 0 is still the dense weight, bit by bit, or all experts agree."""
-        if fingerprint(stacked_EOI[0]) == self.fingerprint:
+        if fingerprint(stacked[0]) == origin.fingerprint:
             return True
-        return all(torch.equal(expert, stacked_EOI[0]) for expert in stacked_EOI[1:].unbind(0))
+        return all(torch.equal(expert, stacked[0]) for expert in stacked[1:].unbind(0))
+
+    @classmethod
+    def restore(cls, stacked: Tensor, origin: Origin, expert: int) -> Tensor:
+        """That expert's weight, contiguous."""
+        weight_OI = stacked.detach()[expert]
+        weight = weight_OI.t() if origin.stored == "in_out" else weight_OI
+        return weight.reshape(origin.shape).clone(memory_format=torch.contiguous_format)
 
 
-def stack(dense: Tensor, num_experts: int, layout: Stored) -> nn.Parameter:
-    """``[E, out, in]`` (``[E, out]`` for a bias): E copies of ``dense``, on its device, in its dtype."""
+def copies(dense: Tensor, num_experts: int, stored: Stored) -> nn.Parameter:
+    """``[E, out, in]`` (``[E, out]`` for a bias): E copies of ``dense``, on its device and in its dtype."""
     with torch.no_grad():
-        weight = _to_linear(dense.detach(), layout)
-        shape = (num_experts, *weight.shape)
-        copies = torch.empty(shape, dtype=dense.dtype, device=dense.device)
-        copies.copy_(weight)
-    return nn.Parameter(copies, requires_grad=dense.requires_grad)
-
-
-def unstack(stacked_EOI: Tensor, expert: int, origin: Origin) -> Tensor:
-    """One expert's weight in the dense layout and shape."""
-    weight = stacked_EOI.detach()[expert]
-    if origin.layout == "in_out":
-        weight = weight.t()
-    return weight.reshape(origin.shape).clone(memory_format=torch.contiguous_format)
-
-
-def add_noise(stacked_EOI: Tensor, noise: float, seed: int, fqn: str) -> None:
-    """Add ``noise * std(weight)`` of Gaussian noise to experts 1 to E-1; expert 0 stays bitwise.
-
-    Drawn on the CPU from a generator of its own, seeded by seed and FQN: every rank draws the same.
-    """
-    if noise == 0 or stacked_EOI.shape[0] == 1 or stacked_EOI.is_meta:
-        return
-    generator = seeded_generator(seed, f"{fqn}:noise")
-    with torch.no_grad():
-        scale = noise * stacked_EOI[0].float().std(correction=0)
-        for expert in stacked_EOI[1:].unbind(0):
-            draw = torch.randn(expert.shape, generator=generator)
-            expert.add_((draw.to(expert.device) * scale).to(expert.dtype))
+        weight = _to_linear(dense.detach(), stored)
+        stacked = torch.empty((num_experts, *weight.shape), dtype=dense.dtype, device=dense.device)
+        stacked.copy_(weight)
+    return nn.Parameter(stacked, requires_grad=dense.requires_grad)
 
 
 def fingerprint(weight: Tensor) -> int | None:
-    """A number that changes when any weight does: the sum of the bit patterns. None without data."""
+    """A number that changes when any weight does: the sum of the bit patterns. ``None`` without data."""
     if weight.is_meta or weight.numel() == 0 or type(weight) not in (Tensor, nn.Parameter):
         return None
     bits = weight.detach().contiguous().view(_BITS[weight.element_size()]).flatten()
@@ -87,7 +79,7 @@ def fingerprint(weight: Tensor) -> int | None:
     return sum(int(piece.sum(dtype=torch.int64)) for piece in bits.split(1 << 16))
 
 
-def _to_linear(dense: Tensor, layout: Stored) -> Tensor:
-    if layout == "in_out":
+def _to_linear(dense: Tensor, stored: Stored) -> Tensor:
+    if stored == "in_out":
         return dense.t()
-    return dense.flatten(1) if layout == "conv" else dense
+    return dense.flatten(1) if stored == "conv" else dense
