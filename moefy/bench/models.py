@@ -14,7 +14,7 @@ VOCABULARY = 512
 
 
 class FeedForward(nn.Module):
-    """``down(gelu(up(x)))``."""
+    """The FFN ``down(gelu(up(x)))``, of the width that ``d_hidden`` says."""
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()

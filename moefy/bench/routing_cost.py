@@ -46,7 +46,7 @@ class RoutingCost:
         return times["together"] / times["layer"]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Milliseconds and shares by shape and mode, as JSON types."""
         shares = {
             shape: {mode: self.share(shape, mode) for mode in modes} for shape, modes in self.ms.items()
         }

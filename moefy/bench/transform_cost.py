@@ -85,7 +85,7 @@ class TransformCost:
         return (last.transform_ms / last.layers) / (first.transform_ms / first.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Costs by depth, and memory, as JSON types."""
         depths = [
             {**dataclasses.asdict(d), "forwards": d.forwards, "check_forwards": d.check_forwards}
             for d in self.depths

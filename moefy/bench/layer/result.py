@@ -49,11 +49,11 @@ class Row:
 
     @property
     def error(self) -> float | None:
-        """The largest of ``errors``."""
+        """The largest relative error of output and gradients; None without any."""
         return max(self.errors.values(), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The figures as JSON types, ``None`` for one that was not measured."""
         return {**dataclasses.asdict(self), "error": self.error}
 
 
@@ -68,7 +68,7 @@ class LayerResult:
     missing: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Shapes, rows and the environment, as JSON types."""
         return {
             "schema_version": SCHEMA_VERSION,
             "benchmark": "layer",

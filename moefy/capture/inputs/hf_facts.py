@@ -1,6 +1,6 @@
 """Look-ups by attribute name in a Hugging Face config and the configs nested in it.
 
->>> Facts(clip_config).find("image_size", prefer=("vision",))
+>>> ConfigFacts(clip_config).find("image_size", prefer=("vision",))
 224
 """
 
@@ -14,7 +14,7 @@ TEXT = ("text", "llm", "language", "decoder", "thinker")
 AUDIO = ("audio", "speech", "encoder")
 
 
-class Facts:
+class ConfigFacts:
     """One config with its sub-configs, nearest first."""
 
     def __init__(self, config: Any) -> None:

@@ -3,7 +3,7 @@
 Contract: ``Maker.options(name)`` lists what the conventions of the library allow for that name, the most common first.
 An unknown name has no options. Sizes come from the config alone. A new hint is a row in ``Maker``.
 
-    >>> [t.shape for t in Maker(Facts(whisper_config), sampler, length=8).options("input_features")][0]
+    >>> [t.shape for t in Maker(ConfigFacts(whisper_config), sampler, length=8).options("input_features")][0]
     torch.Size([1, 80, 3000])
 
 Shapes: B = 1 example, S text tokens, C channels, P patches.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moefy.capture.inputs.hf_facts import AUDIO, TEXT, VISION, Facts
+from moefy.capture.inputs.hf_facts import AUDIO, TEXT, VISION, ConfigFacts
 from moefy.capture.inputs.tensors import Sampler
 
 GRID = 4  # a picture of 4 x 4 patches for models that take patches
@@ -31,7 +31,7 @@ FRAMES = 96  # of a mel spectrogram
 class Maker:
     """Makes the tensors for one model and one length of text."""
 
-    def __init__(self, facts: Facts, sampler: Sampler, length: int) -> None:
+    def __init__(self, facts: ConfigFacts, sampler: Sampler, length: int) -> None:
         self.facts, self.sampler, self.length = facts, sampler, length
         self._makers: dict[str, Callable[[], list[Tensor]]] = {
             **{name: self._tokens for name in TOKENS},

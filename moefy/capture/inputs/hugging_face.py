@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy.capture.inputs.combinations import nearest_first
-from moefy.capture.inputs.hf_facts import VISION, Facts
+from moefy.capture.inputs.hf_facts import VISION, ConfigFacts
 from moefy.capture.inputs.hf_tensors import GRID, Maker
 from moefy.capture.inputs.tensors import SEQUENCE, ExampleInputs, Sampler, example
 
@@ -59,7 +59,7 @@ _SOMETIMES = (
 
 def hf_inputs(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
     """Candidates for ``model``: all modalities first, so that every tower runs, then fewer inputs."""
-    facts = Facts(getattr(model, "config", None))
+    facts = ConfigFacts(getattr(model, "config", None))
     distinct: set[str] = set()
     for kwargs in itertools.islice(_kwargs(model, facts, sampler), MAX_CANDIDATES):
         candidate = example((), kwargs, SOURCE)
@@ -69,7 +69,7 @@ def hf_inputs(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
     yield from _dummy(model)
 
 
-def _kwargs(model: nn.Module, facts: Facts, sampler: Sampler) -> Iterator[dict[str, Any]]:
+def _kwargs(model: nn.Module, facts: ConfigFacts, sampler: Sampler) -> Iterator[dict[str, Any]]:
     """Selections of inputs, and for each the likeliest tensors first."""
     parameters = inspect.signature(model.forward).parameters
     selections = _selections(model, parameters, facts)
@@ -89,7 +89,7 @@ def _options(names: Sequence[str], maker: Maker) -> dict[str, list[Tensor]]:
 
 
 def _selections(
-    model: nn.Module, parameters: Mapping[str, inspect.Parameter], facts: Facts
+    model: nn.Module, parameters: Mapping[str, inspect.Parameter], facts: ConfigFacts
 ) -> list[tuple[str, ...]]:
     """Which parameters to fill: with all modalities, without, and with one at a time."""
     required = [name for name, p in parameters.items() if _is_required(p)]
@@ -120,7 +120,7 @@ def _combinations(options: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str,
 
 
 def _with_placeholders(
-    parameters: Mapping[str, inspect.Parameter], facts: Facts, maker: Maker
+    parameters: Mapping[str, inspect.Parameter], facts: ConfigFacts, maker: Maker
 ) -> Iterator[dict[str, Any]]:
     """A text with as many image placeholders as the picture has features, for vision-language models."""
     token = facts.find("image_token_id", "image_token_index")
@@ -134,7 +134,7 @@ def _with_placeholders(
             yield {"input_ids": ids, "pixel_values": pixels, **grid}
 
 
-def _placeholder_counts(facts: Facts) -> list[int]:
+def _placeholder_counts(facts: ConfigFacts) -> list[int]:
     """How many placeholders a picture may take: the config's number, else one per patch or merged patch."""
     names = ("mm_tokens_per_image", "image_seq_length", "num_image_tokens", "image_seq_len")
     stated = facts.integer(*names, default=0)
