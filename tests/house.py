@@ -43,12 +43,7 @@ class Rooms:
     def read(cls, text: str) -> Rooms:
         """The tables below the headings ``| room | ... | may import |`` and ``| room | ... bottom to top |``."""
         rooms = [_room(cells) for cells in _rows(text, r"\| room \|.*\| may import \|")]
-        floors = {
-            _names(cells[0])[0]: [
-                _names(floor) or [REST] * (REST in floor) for floor in cells[1].split(" < ")
-            ]
-            for cells in _rows(text, r"\| room \|.*bottom to top \|")
-        }
+        floors = dict(_floors(cells) for cells in _rows(text, r"\| room \|.*bottom to top \|"))
         return cls({room.name: room for room in rooms}, floors)
 
     def room(self, module: str) -> str:
@@ -67,6 +62,11 @@ def _room(cells: Sequence[str]) -> Room:
     first, *_, last = cells
     (name,) = _names(first)
     return Room(name, tuple(_names(last)), reserved="(reserved)" in first, edge="(edge)" in first)
+
+
+def _floors(cells: Sequence[str]) -> tuple[str, list[list[str]]]:
+    room, floors = cells
+    return _names(room)[0], [_names(floor) or [REST] * (REST in floor) for floor in floors.split(" < ")]
 
 
 def _names(cell: str) -> list[str]:
@@ -144,13 +144,10 @@ class Tree:
             base = _base(node, importer, is_package)
             yield from (self._named(base, alias.name) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module":
-            yield from (
-                a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
-            )
-        elif (
-            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "moefy"
-        ):
-            yield self._named("moefy", node.attr)
+            values = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            yield from (value for value in values if isinstance(value, str))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield from [self._named("moefy", node.attr)] * (node.value.id == "moefy")
 
     def _named(self, base: str, name: str) -> str:
         """The module that ``from base import name`` needs: a public name of moefy stands for its own."""
@@ -204,19 +201,20 @@ def arrow_faults(tree: Tree, rooms: Rooms) -> list[str]:
 def table_faults(tree: Tree, rooms: Rooms) -> list[str]:
     """Where tables and tree disagree: rooms and rows without each other, arrows upward, arrows without an import."""
     faults, below = [], set()
-    used = {(rooms.room(i.importer), i.module.removeprefix("moefy.")) for i in tree.imports}
+    used = [(rooms.room(i.importer), i.module) for i in tree.imports]
     there = {rooms.room(tree.module_name(path)) for path in tree.files(*PRODUCT)}
     faults += [f"{name} is a room without a row" for name in sorted(there - set(rooms.rooms))]
     for room in rooms.rooms.values():
         below.add(room.name)
         if room.reserved == (room.name in there):
-            faults.append(
-                f"{room.name} is {'reserved, and exists' if room.reserved else 'a row without a room'}"
-            )
+            why = "reserved, and exists" if room.reserved else "a row without a room"
+            faults.append(f"{room.name} is {why}")
         for arrow in room.may_import:
             if arrow.split(".")[0] not in below - {room.name}:
                 faults.append(f"{room.name} may import {arrow}, which is not below it")
-            if not room.reserved and not any(a == room.name and _within(b, [arrow]) for a, b in used):
+            if not room.reserved and not any(
+                a == room.name and _within(b, [f"moefy.{arrow}"]) for a, b in used
+            ):
                 faults.append(f"{room.name} may import {arrow}, and does not")
     for room_name, floors in rooms.floors.items():
         names = [f"moefy.{room_name}.{name}" for floor in floors for name in floor if name != REST]
@@ -231,9 +229,8 @@ def floor_faults(tree: Tree, rooms: Rooms) -> list[str]:
         mine, theirs = (_floor(rooms, module) for module in (found.importer, found.module))
         if mine is None or theirs is None or mine[0] != theirs[0] or mine == theirs or mine[1] > theirs[1]:
             continue
-        faults.append(
-            f"{tree.relative(found.path)}:{found.line} ({mine[2]}) imports {found.module} ({theirs[2]}), no lower floor"
-        )
+        where = f"{tree.relative(found.path)}:{found.line} ({mine[2]})"
+        faults.append(f"{where} imports {found.module} ({theirs[2]}), which is on no lower floor")
     return faults
 
 
@@ -280,8 +277,5 @@ def _reachable(module: str, edges: dict[str, set[str]]) -> set[str]:
 def loose_faults(tree: Tree) -> list[str]:
     """More files directly under ``moefy/`` than a reader takes in at a glance."""
     loose = sorted(p.name for p in (tree.root / "moefy").iterdir() if p.is_file())
-    return (
-        [f"{len(loose)} files lie directly under moefy/: {', '.join(loose)}"]
-        if len(loose) > MAX_LOOSE
-        else []
-    )
+    fault = f"{len(loose)} files lie directly under moefy/: {', '.join(loose)}"
+    return [fault] if len(loose) > MAX_LOOSE else []
