@@ -23,7 +23,6 @@ from torch import Tensor
 
 from moefy.errors import ConfigError, ShapeError
 from moefy.ops import checks
-from moefy.ops.activations import ACTIVATIONS
 from moefy.ops.combine import combine
 from moefy.ops.cpu.ffn import ffn_backward_kernel, ffn_kernel, halves
 from moefy.ops.cpu.parts import Layer
@@ -33,6 +32,7 @@ from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.library import autocast_off, differentiable, register
 from moefy.ops.permute import permute
 from moefy.records import GLU, GLU_FORMS
+from moefy.triton_ops.shared.activations import ACTIVATIONS
 
 _ARGS = (
     "Tensor x, Tensor top_k_weights, Tensor order, Tensor offsets, Tensor? w_gate, Tensor? b_gate, "

@@ -14,34 +14,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from moefy import ops
 from moefy.errors import ConfigError
 from moefy.nn.experts.body import Body
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
-
-_FUNCTIONS: dict[Any, str] = {
-    F.gelu: "gelu",
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.silu: "silu",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-}
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.Identity: "identity",
-}
 
 
 class FunctionModule(nn.Module):
@@ -83,8 +63,11 @@ def known_name(activation: Activation) -> str | None:
     """The fused op's name for ``activation``; ``None`` when the op does not have it. A string is its own name."""
     if isinstance(activation, str):
         return activation
-    if type(activation) is nn.GELU:
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    if isinstance(activation, nn.Module):
-        return _MODULES.get(type(activation))
-    return next((name for function, name in _FUNCTIONS.items() if function is activation), None)
+    for name, known in ops.ACTIVATIONS.items():
+        if isinstance(activation, nn.Module):
+            found = known.module(activation)
+        else:
+            found = any(function is activation for function in known.functions)
+        if found:
+            return name
+    return None

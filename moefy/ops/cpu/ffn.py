@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from moefy.ops import checks
-from moefy.ops.activations import ACTIVATIONS
 from moefy.ops.cpu.layout import InRows, Layout
 from moefy.ops.cpu.parts import Layer, Part, parts
 from moefy.ops.cpu.products import outer_products, row_sums, rows_dot, rows_times
 from moefy.ops.permute import WIDE_ELEMENTS, accumulation_dtype, place_of_slot, sum_places
 from moefy.ops.saved_rows import Saved, give, take
+from moefy.triton_ops.shared.activations import ACTIVATIONS
 
 BY_PLACE = frozenset(("x", "weights"))  # gradients that the kernels sum over the slots of a token
 

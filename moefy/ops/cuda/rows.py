@@ -34,7 +34,7 @@ def by_triton(kernel: Callable[..., Any], otherwise: Callable[..., Any]) -> Call
 @functools.cache
 def recorded(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """``function(tensors, options)``, whose launches are repeated from the third call of a kind on."""
-    from moefy.triton_ops.recorded import Recorded
+    from moefy.triton_ops.shared.recorded import Recorded
 
     return Recorded(function)
 
@@ -85,7 +85,7 @@ def grouped_linear_backward_cuda(
 def combine_cuda(y_ND: Tensor, top_k_weights_TK: Tensor, order_N: Tensor) -> Tensor:
     """``combine`` by a Triton kernel."""
     from moefy.triton_ops.gather_sum import gather_sum
-    from moefy.triton_ops.tiles import row_of_slot
+    from moefy.triton_ops.shared.tiles import row_of_slot
 
     out_TD = y_ND.new_empty((top_k_weights_TK.shape[0], y_ND.shape[1]))
     weights_TK = top_k_weights_TK.contiguous()
@@ -96,7 +96,7 @@ def combine_cuda(y_ND: Tensor, top_k_weights_TK: Tensor, order_N: Tensor) -> Ten
 def sum_slots_cuda(rows_ND: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     """``sum_slots`` by a Triton kernel."""
     from moefy.triton_ops.gather_sum import gather_sum
-    from moefy.triton_ops.tiles import row_of_slot
+    from moefy.triton_ops.shared.tiles import row_of_slot
 
     out_TD = rows_ND.new_empty((order_N.shape[0] // top_k, rows_ND.shape[1]))
     gather_sum(rows_contiguous(rows_ND), None, row_of_slot(order_N), top_k, out_TD)
