@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
@@ -33,54 +33,16 @@ from moefy.triton_ops.shared.blocks import (
     precision,
     processors,
 )
+from moefy.triton_ops.shared.calls import EntryCall
 from moefy.triton_ops.shared.forms import Form, anything, form_for
 from moefy.triton_ops.shared.launch import jit, kernel
-from moefy.triton_ops.shared.tiles import Schedule, count_tiles, locate, store
+from moefy.triton_ops.shared.tiles import count_tiles, locate, store
 
 # Experts of this hidden width and more read copied rows, where these come by descriptor (H100, bf16, H=14336: 6.36 ms
 # against 5.93 + 0.10).
 COPY_TOKENS_FROM = 8192
 
 activate, _ = device_functions()
-
-
-class EntryCall(NamedTuple):
-    """What ``entry`` computes; ``w_gate`` and ``w_up`` are of equal strides, as are their biases.
-
-    Attributes:
-        x_TD: tokens; features side by side.
-        order_N: [N] int64, the slot of each row.
-        top_k: K.
-        schedule: the tiles of the rows; its ``block_rows`` is this kernel's.
-        row_of_slot_N: [N] int32, the row of each slot.
-        w_gate: [E, H, D] or None.
-        b_gate: [E, H] or None.
-        w_up: [E, H, D].
-        b_up: [E, H] or None.
-        gate_out: [N, H], where the gate's pre-activation goes, or None.
-        up_out: [N, H], where the other pre-activation goes, or None.
-        hidden_NH: where the result goes.
-        activation: a name of ``ACTIVATIONS``.
-    """
-
-    x_TD: Tensor
-    order_N: Tensor
-    top_k: int
-    schedule: Schedule
-    row_of_slot_N: Tensor | None
-    w_gate: Tensor | None
-    b_gate: Tensor | None
-    w_up: Tensor
-    b_up: Tensor | None
-    gate_out: Tensor | None
-    up_out: Tensor | None
-    hidden_NH: Tensor
-    activation: str
-
-    @property
-    def gate(self) -> Tensor:
-        """The gate's matrix, or where there is none the other."""
-        return self.w_up if self.w_gate is None else self.w_gate
 
 
 def entry(call: EntryCall) -> None:

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moefy.triton_ops.entry import EntryCall, entry
+from moefy.triton_ops.entry import entry
 from moefy.triton_ops.gather_sum import gather_sum, spread
-from moefy.triton_ops.hidden_grad import HiddenGradCall, hidden_grad_form, weights_grad
+from moefy.triton_ops.hidden_grad import hidden_grad_form, weights_grad
 from moefy.triton_ops.linear import linear
 from moefy.triton_ops.shared.blocks import blocks
+from moefy.triton_ops.shared.calls import EntryCall, HiddenGradCall
 from moefy.triton_ops.shared.tiles import Schedule, schedule
 from moefy.triton_ops.weight_grad import Product, bias_grad, weight_grad
 

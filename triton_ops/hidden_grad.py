@@ -19,7 +19,6 @@ The routing gradient needs no expert output again (as in SonicMoE, Guo et al. 20
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -36,43 +35,12 @@ from moefy.triton_ops.shared.blocks import (
     precision,
     processors,
 )
+from moefy.triton_ops.shared.calls import HiddenGradCall
 from moefy.triton_ops.shared.forms import Form, anything, form_for
 from moefy.triton_ops.shared.launch import jit, kernel
 from moefy.triton_ops.shared.tiles import Schedule, count_tiles, locate, store
 
 _, activate_backward = device_functions()
-
-
-class HiddenGradCall(NamedTuple):
-    """What ``hidden_grad`` computes.
-
-    Attributes:
-        grad: [T, D], the output's gradient; features side by side. Without ``gather`` [N, D], that of each row.
-        weights_TK: [T, K] routing weights, contiguous.
-        order_N: [N] int64, the slot of each row.
-        schedule: the tiles of the rows; its ``block_rows`` is this kernel's.
-        w_down: [E, D, H].
-        gate_NH: the gate's pre-activation or None.
-        up_NH: the other pre-activation, of gate_NH's stride.
-        dgate_NH: where the gate's gradient goes, or None.
-        dup_NH: where the other gradient goes, of dgate_NH's stride.
-        weighted_NH: where hidden values times routing weight go.
-        activation: a name of ``ACTIVATIONS``.
-        gather: whether row r of the gradient is that of token ``order[r] // K``.
-    """
-
-    grad: Tensor
-    weights_TK: Tensor
-    order_N: Tensor
-    schedule: Schedule
-    w_down: Tensor
-    gate_NH: Tensor | None
-    up_NH: Tensor
-    dgate_NH: Tensor | None
-    dup_NH: Tensor
-    weighted_NH: Tensor
-    activation: str
-    gather: bool = True
 
 
 def hidden_grad_form(call: HiddenGradCall) -> Form:

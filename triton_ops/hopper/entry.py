@@ -10,8 +10,6 @@ store.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 
@@ -37,11 +35,9 @@ from moefy.triton_ops.hopper.pipeline import (
 )
 from moefy.triton_ops.shared.activations import ACTIVATIONS, device_functions
 from moefy.triton_ops.shared.blocks import cdiv, processors
+from moefy.triton_ops.shared.calls import EntryCall
 from moefy.triton_ops.shared.launch import kernel
 from moefy.triton_ops.shared.tiles import count_tiles, locate
-
-if TYPE_CHECKING:
-    from moefy.triton_ops.entry import EntryCall
 
 # Six stages of 32 columns took up to 1.7 times as long as three of 64.
 STEP, STAGES, GROUP = 64, 3, 16

@@ -10,8 +10,6 @@ products through the activation's derivative and the routing weights; these read
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -38,11 +36,9 @@ from moefy.triton_ops.hopper.pipeline import (
 )
 from moefy.triton_ops.shared.activations import device_functions
 from moefy.triton_ops.shared.blocks import cdiv, processors
+from moefy.triton_ops.shared.calls import HiddenGradCall
 from moefy.triton_ops.shared.launch import kernel
 from moefy.triton_ops.shared.tiles import count_tiles, locate
-
-if TYPE_CHECKING:
-    from moefy.triton_ops.hidden_grad import HiddenGradCall
 
 STEP, STAGES, GROUP = 64, 3, 16
 # Rows and columns that are finished at a time: as many values a lane as fit the registers, of which a GLU has two.
