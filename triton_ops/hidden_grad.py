@@ -73,7 +73,7 @@ def _run(call: HiddenGradCall, by_descriptor: bool) -> Tensor:
     up_NH, dup_NH, weighted_NH = call.up_NH, call.dup_NH, call.weighted_NH
     (rows, width), depth = up_NH.shape, grad.shape[1]
     block = blocks("hidden_grad", grad.dtype, rows, schedule.num_experts, grad.device)
-    column_tiles = cdiv(width, block.n)
+    pieces, column_tiles = block.pieces_for(call.gate_NH is not None), cdiv(width, block.n)
     parts = torch.empty((column_tiles, rows), dtype=torch.float32, device=grad.device)
     if not rows or not width:
         return parts
@@ -84,7 +84,7 @@ def _run(call: HiddenGradCall, by_descriptor: bool) -> Tensor:
     a = grad if call.gather or not by_descriptor else descriptor(grad, block.m, block.k)
     outs = (dgate, dup_NH, weighted_NH)
     by_store = block.store and by_descriptor and describable(*outs)
-    tiles = [descriptor(out, block.m, block.n // block.pieces) if by_store else out for out in outs]
+    tiles = [descriptor(out, block.m, block.n // pieces) if by_store else out for out in outs]
     programs = min(schedule.max_tiles * column_tiles, block.per_processor * processors(grad.device))
     _hidden_grad_kernel[(programs,)](
         a, call.weights_TK, call.order_N, descriptor(w_down, 1, block.k, block.n) if by_descriptor else w_down,
@@ -95,7 +95,7 @@ def _run(call: HiddenGradCall, by_descriptor: bool) -> Tensor:
         K=call.weights_TK.shape[1], ACT=call.activation, GLU=glu, TMA=by_descriptor,
         EVEN=depth % block.k == 0, PRECISION=precision(grad.dtype),
         M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten, STORE=by_store,
-        GATHER=call.gather, PIECES=block.pieces, **block.options,
+        GATHER=call.gather, PIECES=pieces, **block.options,
     )  # fmt: skip
     return parts
 

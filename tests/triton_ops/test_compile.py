@@ -98,9 +98,10 @@ def row_kernel(
     """A kernel over rows in its launcher's blocks: ``tiles`` are descriptors, in the pointer form plain pointers."""
     device = torch.device("cpu") if tma else torch.device("meta")
     block = blocks.blocks(kind, dtype, rows, 64, device)
+    pieces = block.pieces_for(bool(constants.get("GLU")))
     name = DTYPES[dtype]
     function = getattr(importlib.import_module(f"moefy.triton_ops.{module}"), f"_{module}_kernel")
-    sizes = {"m": block.m, "n": block.n, "k": block.k, "p": block.n // block.pieces, "1": 1, "2": 2}
+    sizes = {"m": block.m, "n": block.n, "k": block.k, "p": block.n // pieces, "1": 1, "2": 2}
     types = (
         dict.fromkeys(pointers.split(), f"*{name}")
         | {"order": "*i64", "parts": "*fp32", "weights": "*fp32"}
@@ -114,7 +115,7 @@ def row_kernel(
         "PRECISION": "ieee",
         "TMA": tma,
         "STORE": block.store and tma,
-        "PIECES": block.pieces,
+        "PIECES": pieces,
         "K": 8,
         "EVEN": tma,
     }
