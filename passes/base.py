@@ -23,14 +23,17 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-Stage = Literal["pre_grad", "joint", "post_grad"]
-"""Which of the backend's graphs a pass sees.
+Stage = Literal["capture", "pre_grad", "joint", "post_grad"]
+"""Which graph a pass sees.
 
+- "capture": the caller's own, in ``moefy.transform(graph_module)``. Such a pass is given the matches of that graph, so
+  ``transform`` makes and runs it; it is not registered.
 - "pre_grad": Dynamo's, at the level of torch functions, before autograd. Runs with every inner compiler.
 - "joint": aten ops, forward and backward in one. Inductor only.
 - "post_grad": aten ops, forward and backward apart, right before Inductor lowers them. Inductor only.
 """
-STAGES: tuple[Stage, ...] = ("pre_grad", "joint", "post_grad")
+BACKEND_STAGES: tuple[Stage, ...] = ("pre_grad", "joint", "post_grad")
+"""The stages of registered passes, in the order in which a graph goes through them."""
 
 
 class Pass(abc.ABC):

@@ -133,7 +133,7 @@ def _linear_problem(region: Region) -> Refusal | None:
 def _body_issue(region: Region) -> Refusal | None:
     if not region.same_source:
         return "different-source", "its first linears read different values"
-    code = next((code for code in _ISSUE_ORDER if code in region.issues), None)
+    code: Code | None = next((code for code in _ISSUE_ORDER if code in region.issues), None)
     if code is None:
         return None
     if code == "reduction-between" and any(op_name(node) in _NORM_PARTS for node in region.body):
