@@ -62,5 +62,6 @@ class Pass(abc.ABC):
             source = inspect.getsource(inspect.getmodule(cls) or cls)
         except (OSError, TypeError):  # defined at a prompt
             source = repr(sorted(vars(cls)))
-        settings = repr(sorted(vars(self).items()))
+        # the note is what the last run said: the backward's key must not depend on a run over the forward
+        settings = repr(sorted((key, value) for key, value in vars(self).items() if key != "note"))
         return hashlib.sha256(f"{cls.__qualname__}{settings}{source}".encode()).hexdigest()
