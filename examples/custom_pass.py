@@ -1,8 +1,9 @@
 """A graph pass of your own in the backend: query, key and value from one wide linear.
 
-A pass edits an ``fx.GraphModule`` in place and says how often it matched; the backend runs it with
-its own passes, lints the graph, times it, and ``moefy.passes`` keeps the record. This one finds
-linears that read the same tensor and computes them as one:
+A pass is one class in one file. It edits an ``fx.GraphModule`` in place and returns how often it
+matched. ``@register_pass`` is its line in the registry: from then on the backend runs it in its
+stage, lints and times it, and ``moefy.passes`` keeps the record. This one finds linears that read
+the same tensor and computes them as one:
 
     q = linear(x, a); k = linear(x, b)   ->   q, k = split(linear(x, cat([a, b])), ...)
 
@@ -38,6 +39,7 @@ class MergeSiblingLinears(Pass):
     """``linear(x, a), linear(x, b)`` become one linear and a split. Changes rounding at most."""
 
     name = "merge_sibling_linears"
+    stage = "pre_grad"  # Dynamo's graph, where a linear is still F.linear; "post_grad" sees aten ops
 
     def rewrite(self, gm: fx.GraphModule) -> int:
         """Merge each group at its first linear; the number of groups."""
@@ -57,7 +59,7 @@ class MergeSiblingLinears(Pass):
 
 
 def build_llama() -> LlamaForCausalLM:
-    """Random weights."""
+    """A small Llama with random weights: two layers, each with three linears that read one tensor."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=64,

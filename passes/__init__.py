@@ -3,7 +3,8 @@
     trace/   what a forward does, as a graph        match/   which regions of it are FFNs
     moe/     the passes: write MoE into a graph, fuse it
 
-The backend runs the registered passes of each stage in order: ``fuse_experts``, then what users add.
+The backend runs the registered passes of each stage in order: ``fuse_experts``, then what users add. A new pass is a
+file with a class under ``@register_pass``, its test, and one line below that imports the file.
 
     >>> import moefy.passes
     >>> moefy.passes.registered_passes()

@@ -23,14 +23,17 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
-Stage = Literal["pre_grad", "joint", "post_grad"]
-"""Which of the backend's graphs a pass sees.
+Stage = Literal["capture", "pre_grad", "joint", "post_grad"]
+"""Which graph a pass sees.
 
+- "capture": the caller's own, in ``moefy.transform(graph_module)``. Such a pass is given the matches of that graph, so
+  ``transform`` makes and runs it; it is not registered.
 - "pre_grad": Dynamo's, at the level of torch functions, before autograd. Runs with every inner compiler.
 - "joint": aten ops, forward and backward in one. Inductor only.
 - "post_grad": aten ops, forward and backward apart, right before Inductor lowers them. Inductor only.
 """
-STAGES: tuple[Stage, ...] = ("pre_grad", "joint", "post_grad")
+BACKEND_STAGES: tuple[Stage, ...] = ("pre_grad", "joint", "post_grad")
+"""The stages of registered passes, in the order in which a graph goes through them."""
 
 
 class Pass(abc.ABC):
@@ -59,5 +62,6 @@ class Pass(abc.ABC):
             source = inspect.getsource(inspect.getmodule(cls) or cls)
         except (OSError, TypeError):  # defined at a prompt
             source = repr(sorted(vars(cls)))
-        settings = repr(sorted(vars(self).items()))
+        # the note is what the last run said: the backward's key must not depend on a run over the forward
+        settings = repr(sorted((key, value) for key, value in vars(self).items() if key != "note"))
         return hashlib.sha256(f"{cls.__qualname__}{settings}{source}".encode()).hexdigest()

@@ -3,9 +3,10 @@
     >>> records = run_pipeline(gm)            # every registered pass of the stage "pre_grad", in order of registration
     >>> records = run_pipeline(gm, disable=("drop_noop_dropout",))
 
-The runner owns what is the same for every pass: time, lint, recompilation, the record. ``recording`` is that record for
-work on a graph that is no ``Pass``. ``TORCH_LOGS="+moefy"`` shows one line per pass; ``TORCH_TRACE`` gets the graph
-before and after each pass that matched; ``history()`` holds what ran in this process.
+The runner owns what is the same for every pass of every stage: time, lint, recompilation, the record. ``recording`` is
+that record for work that is no ``Pass``, as when the modules behind a graph are swapped. ``TORCH_LOGS="+moefy"`` shows
+one line per pass; ``TORCH_TRACE`` gets the graph before and after each pass that matched; ``history()`` holds what ran
+in this process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import fx
 
 from moefy.errors import ConfigError, UnknownOption
-from moefy.passes.base import STAGES, Pass, Stage
+from moefy.passes.base import BACKEND_STAGES, Pass, Stage
 from moefy.passes.graphs import graph_modules, node_count, op_counts
 from moefy.records import PassRecord
 
@@ -46,8 +47,10 @@ def register_pass(cls: PassClass) -> PassClass:
     name = getattr(cls, "name", None)
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError("Pass.name", got=name, expected=f"an identifier on {cls.__name__}")
-    if cls.stage not in STAGES:
-        raise ConfigError("Pass.stage", got=cls.stage, expected=f"one of {STAGES}")
+    if cls.stage not in BACKEND_STAGES:
+        raise ConfigError(
+            "Pass.stage", got=cls.stage, expected=f"one of {BACKEND_STAGES} for a registered pass"
+        )
     known = _registry.get(name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError("Pass.name", got=name, expected=f"a name that {known!r} does not have")
@@ -110,7 +113,7 @@ def run_pipeline(
 
 
 def run_pass(a_pass: Pass, gm: fx.GraphModule) -> PassRecord:
-    """Rewrite, lint, recompile, and say what was done."""
+    """Rewrite, lint, recompile, log, and say what was done. The history is the caller's (``add_run``)."""
     before = op_counts(gm)
     readable = gm.print_readable(print_output=False) if _tracing_to_disk() else ""
     a_pass.note = ""

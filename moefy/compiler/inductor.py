@@ -3,6 +3,9 @@
 Contract: there is a hook for a stage only when a pass of it is registered and not disabled, so that Inductor's caches
 see no difference otherwise. A hook's uuid is made of its passes'. Inductor calls a hook once per graph: the joint one
 once, the post-grad one for the forward and for the backward.
+
+    >>> stage_hooks((), "0/0")                     # no pass of these stages is registered
+    {}
 """
 
 from __future__ import annotations

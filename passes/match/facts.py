@@ -1,4 +1,9 @@
-"""What the matcher asks of one trace, once: linears, feature axes, dead nodes, and which module call holds what."""
+"""``Facts``: what the matcher asks of one trace. Linears, feature axes, dead nodes, and which module call holds what.
+
+>>> facts = Facts(trace_module(model, (x,)))           # x + self.mlp(x)
+>>> [facts.trace.calls[i].fqn for i in facts.calls_around(region)]
+['mlp', '']
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ class Facts:
     """Facts about ``trace``.
 
     Attributes:
+        trace: the trace.
         sites: every linear map, by each of its nodes.
         axes: the feature axis of every value that one is known for.
         dead: call nodes whose value reaches no output.
@@ -61,6 +67,7 @@ class Facts:
 
 
 def _dead_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Call nodes whose value reaches no output."""
     dead: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "call_function" and all(user in dead for user in node.users):

@@ -1,11 +1,17 @@
-"""Which axis of a value holds the features: the last after a linear, an embedding or a layer norm, axis 1 after a
-convolution; carried through element-wise ops, permutations and reshapes.
+"""``FeatureAxes``: which axis of a value holds the features.
 
-It tells a channel MLP from a token-mixing MLP (MLP-Mixer): both have a residual of equal width, but the latter's
-linears read the transposed value, so their axis is not the feature axis of the stream.
+Contract: the last axis after a linear, an embedding or a layer norm, axis 1 after a convolution. Element-wise ops,
+permutations and reshapes carry the axis on. An axis that is not certain is ``None``, and then no rule refuses.
+
+The axis tells a channel MLP from a token-mixing MLP (MLP-Mixer). Both have a residual of equal width, but the linears
+of the latter read the transposed value: their axis is not the feature axis of the stream.
+
+    norm(x): [2, 5, 8], axis 2      norm(x).transpose(1, 2): [2, 8, 5], axis 1; a linear on it acts on axis 2
 """
 
 from __future__ import annotations
+
+import math
 
 from torch import fx
 
@@ -54,14 +60,14 @@ _CHANNEL = frozenset(
 
 
 class FeatureAxes:
-    """Feature axes (non-negative) of the values of one trace, computed on demand; ``None`` when unknown."""
+    """Feature axes (non-negative) of the values of one trace, computed on demand."""
 
     def __init__(self, sites: dict[fx.Node, LinearSite]) -> None:
         self._sites = sites
         self._known: dict[fx.Node, int | None] = {}
 
     def of(self, node: fx.Node) -> int | None:
-        """The feature axis of the node's value."""
+        """The feature axis of the node's value; ``None`` when unknown."""
         stack = [node]
         while stack:  # iterative: residual streams are deeper than Python's stack
             current = stack[-1]
@@ -77,6 +83,7 @@ class FeatureAxes:
         return self._known[node]
 
     def _needs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs whose axes decide about ``node``; none where the operation alone decides."""
         if node.op != "call_function" or node in self._sites or op_name(node) in _LAST | CONVS:
             return []
         return [n for n in tensor_inputs(node) if not parameter_only(n)]
@@ -111,18 +118,14 @@ class FeatureAxes:
 def _through_reshape(
     before: tuple[int, ...], after: tuple[int, ...], axis: int, keeps_last: bool
 ) -> int | None:
-    """The axis survives a reshape when the sizes before it, or those behind it, keep their product and it its size."""
+    """Where ``axis`` stands after a reshape; ``None`` when the reshape splits or merges it.
+
+    The last axis survives when it stays whole. An inner one is found by its size and the product of those before it.
+    """
     if axis == len(before) - 1:
         return len(after) - 1 if keeps_last else None
-    lead = _product(before[:axis])
+    lead = math.prod(before[:axis])
     for candidate in range(len(after)):
-        if _product(after[:candidate]) == lead and after[candidate] == before[axis]:
+        if math.prod(after[:candidate]) == lead and after[candidate] == before[axis]:
             return candidate
     return None
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -3,16 +3,22 @@
 Understood: ``F.linear``, ``addmm`` (Hugging Face ``Conv1D``), ``x @ W``, ``x @ W.T``, either with ``+ b``, ``einsum``
 with a 2-D parameter, and 1x1 convolutions. A site that is a linear map but cannot become experts carries a
 ``problem`` (code and text): grouped, quantised, computed or unregistered weights.
+
+    >>> sites = find_linears(trace_module(torch.nn.Linear(4, 6), (torch.ones(2, 4),)))
+    >>> [(s.weight, s.layout, s.in_features, s.out_features) for s in sites.values()]
+    [('weight', 'out_in', 4, 6)]
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
 from torch import fx
 
+from moefy.passes.match.codes import Refusal
 from moefy.passes.trace import Trace
 from moefy.passes.trace.vocabulary import (
     CASTS,
@@ -28,13 +34,24 @@ from moefy.passes.trace.vocabulary import (
 Layout = Literal["out_in", "in_out", "conv"]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LinearSite:
-    """One linear map at one place of the trace.
+    """One linear map at one place of the trace. Two sites are the same only when they are one object.
 
-    ``weight`` and ``bias`` are FQNs; ``layout`` says how the dense weight is stored; ``axis`` is the feature axis of
-    input and output (-1, or 1 for convolutions); ``nodes`` are all its trace nodes, ``out`` the last of them, ``bare``
-    the value before a bias that was added apart.
+    Attributes:
+        x: the input.
+        out: the last of its nodes.
+        weight: FQN of the weight; the node's name when the weight has none.
+        layout: how the dense weight is stored.
+        in_features: width of the input.
+        out_features: width of the output.
+        nodes: all its trace nodes: the product, casts and transposes of the weight, an added bias.
+        bias: FQN of the bias.
+        axis: the feature axis of input and output: -1, or 1 for convolutions.
+        problem: why it cannot become experts.
+        weight_node: the weight in the trace, behind transposes and casts.
+        bias_node: the bias in the trace, likewise.
+        bare: the value before a bias that was added apart.
     """
 
     x: fx.Node
@@ -43,10 +60,10 @@ class LinearSite:
     layout: Layout
     in_features: int
     out_features: int
-    nodes: set[fx.Node]
+    nodes: frozenset[fx.Node]
     bias: str | None = None
     axis: int = -1
-    problem: tuple[str, str] | None = None
+    problem: Refusal | None = None
     weight_node: fx.Node | None = None
     bias_node: fx.Node | None = None
     bare: fx.Node | None = None
@@ -74,13 +91,13 @@ class LinearSite:
 
 
 def find_linears(trace: Trace) -> dict[fx.Node, LinearSite]:
-    """Every linear map of the trace, keyed by its last node; inner nodes are keys too."""
+    """Every linear map of the trace, by each of its call nodes."""
     sites: dict[fx.Node, LinearSite] = {}
     for node in trace.graph.nodes:
         if node.op == "call_function" and node not in sites:
             site = _linear(node)
             if site is not None:
-                _absorb_bias(site)
+                site = _with_added_bias(site)
                 sites.update(dict.fromkeys((n for n in site.nodes if n.op == "call_function"), site))
     return sites
 
@@ -92,7 +109,7 @@ def _linear(node: fx.Node) -> LinearSite | None:
     ):
         return _opaque_site(node, ("quantized", "the linear is quantised"))
     if name in _PRODUCTS and (stack := next(filter(_is_stacked, node.all_input_nodes), None)):
-        problem = "grouped", "the linear is grouped: its weight holds a stack of matrices"
+        problem: Refusal = ("grouped", "the linear is grouped: its weight holds a stack of matrices")
         return _opaque_site(node, problem, weight=stack)
     if name == "linear":
         return _from_linear(node)
@@ -114,7 +131,7 @@ _INDEXING = frozenset(["getitem", "select", "index_select", "unbind"])
 
 
 def _is_stacked(weight: fx.Node) -> bool:
-    """Whether it is a parameter of 3 axes, or matrices picked from one: experts or heads that are there already."""
+    """Whether ``weight`` is a parameter of 3 axes, or matrices picked from one: existing experts or heads."""
     rank, picked = len(shape_of(weight)), False
     while weight.op == "call_function" and op_name(weight) in _INDEXING | CASTS | PERMUTES:
         picked |= _picks_first(weight)
@@ -123,7 +140,7 @@ def _is_stacked(weight: fx.Node) -> bool:
 
 
 def _picks_first(node: fx.Node) -> bool:
-    """Whether it takes places of the first axis: ``w[e]``, not the ``w[:, :, 0]`` of a 1x1 convolution's weight."""
+    """Whether ``node`` indexes the first axis: ``w[e]``, not the ``w[:, :, 0]`` of a 1x1 convolution's weight."""
     if op_name(node) in ("select", "index_select", "unbind"):
         return bool((node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) == 0)
     index = node.args[1] if op_name(node) == "getitem" else None
@@ -193,14 +210,11 @@ def _from_conv(node: fx.Node) -> LinearSite | None:
         return None
     if shape[1] != shape_of(x)[1]:
         return _opaque_site(node, ("grouped", "the 1x1 convolution is grouped"), axis=1)
-    site = _site(node, x, weight, "conv")
-    if site is not None:
-        site.axis = 1
-    return _with_bias(site, bias)
+    return _with_bias(_site(node, x, weight, "conv", axis=1), bias)
 
 
-def _site(node: fx.Node, x: fx.Node, weight: fx.Node, layout: Layout) -> LinearSite | None:
-    """The site of ``node``, its weight looked through transposes and casts."""
+def _site(node: fx.Node, x: fx.Node, weight: fx.Node, layout: Layout, axis: int = -1) -> LinearSite | None:
+    """The site of ``node``. The weight is looked for behind transposes and casts."""
     if not parameter_only(weight):
         return None
     nodes = {node}
@@ -218,10 +232,12 @@ def _site(node: fx.Node, x: fx.Node, weight: fx.Node, layout: Layout) -> LinearS
         return None
     out_f, in_f = (shape[1], shape[0]) if layout == "in_out" else (shape[0], shape[1])
     target = str(weight.target) if weight.op == "get_attr" else weight.name
-    return LinearSite(x, node, target, layout, in_f, out_f, nodes, problem=problem, weight_node=weight)
+    return LinearSite(
+        x, node, target, layout, in_f, out_f, frozenset(nodes), axis=axis, problem=problem, weight_node=weight
+    )
 
 
-def _weight_problem(weight: fx.Node) -> tuple[str, str] | None:
+def _weight_problem(weight: fx.Node) -> Refusal | None:
     dtype = weight.meta.get("dtype")
     if weight.op != "get_attr":
         inputs = [n for n in _leaves(weight) if n.op == "get_attr"]
@@ -240,7 +256,7 @@ def _weight_problem(weight: fx.Node) -> tuple[str, str] | None:
 
 
 def _opaque_site(
-    node: fx.Node, problem: tuple[str, str], axis: int = -1, weight: fx.Node | None = None
+    node: fx.Node, problem: Refusal, axis: int = -1, weight: fx.Node | None = None
 ) -> LinearSite | None:
     """A linear map that will be refused: only its place and widths are known."""
     x = next((n for n in node.all_input_nodes if n is not weight and not parameter_only(n)), None)
@@ -250,63 +266,62 @@ def _opaque_site(
     while weight is not node and weight.op == "call_function" and weight.all_input_nodes:
         weight = weight.all_input_nodes[0]
     target = str(weight.target) if weight.op == "get_attr" else node.name
-    widths = shape_of(x)[axis], shape_of(node)[axis]
+    widths, nodes = (shape_of(x)[axis], shape_of(node)[axis]), frozenset((node,))
     return LinearSite(
-        x, node, target, "out_in", *widths, {node}, axis=axis, problem=problem, weight_node=weight
+        x, node, target, "out_in", *widths, nodes, axis=axis, problem=problem, weight_node=weight
     )
 
 
 def _with_bias(site: LinearSite | None, bias: object) -> LinearSite | None:
+    """``site`` with the bias argument of its call."""
     if site is None or bias is None:
         return site
     if not isinstance(bias, fx.Node):
         return None
+    casts: list[fx.Node] = []
     while bias.op == "call_function" and op_name(bias) in CASTS | RESHAPES:
-        site.nodes.add(bias)
+        casts.append(bias)
         bias = bias.all_input_nodes[0]
+    nodes = site.nodes.union(casts)
     if bias.op != "get_attr" or bias.meta.get("unknown"):
-        site.problem = site.problem or ("computed-weight", "the bias is computed at run time")
+        problem = site.problem or ("computed-weight", "the bias is computed at run time")
+        return dataclasses.replace(site, nodes=nodes, problem=problem)
+    return dataclasses.replace(site, nodes=nodes, bias=str(bias.target), bias_node=bias)
+
+
+def _with_added_bias(site: LinearSite) -> LinearSite:
+    """``site`` with the ``+ b`` behind it, when it has no bias and ``b`` is a parameter over the features."""
+    if site.bias is not None or site.problem is not None or site.axis != -1:
         return site
-    site.bias, site.bias_node = str(bias.target), bias
+    value, reshapes = site.out, []
+    while len(value.users) == 1:
+        user = next(iter(value.users))
+        if user.op != "call_function":
+            return site
+        if op_name(user) in RESHAPES and shape_of(user)[-1:] == shape_of(value)[-1:]:
+            reshapes.append(user)
+            value = user
+            continue
+        bias = _addend(user, value, site.out_features)
+        if bias is None:
+            return site
+        nodes = site.nodes.union(reshapes, (user,))
+        return dataclasses.replace(
+            site, out=user, nodes=nodes, bias=str(bias.target), bias_node=bias, bare=site.out
+        )
     return site
 
 
-def _absorb_bias(site: LinearSite) -> None:
-    """Take ``+ b`` behind a linear without bias into the site, when ``b`` is a parameter over the features."""
-    if site.bias is not None or site.problem is not None:
-        return
-    out = site.out
-    while len(out.users) == 1:
-        user = next(iter(out.users))
-        if user.op != "call_function":
-            return
-        if op_name(user) in RESHAPES and site.axis == -1 and shape_of(user)[-1:] == shape_of(out)[-1:]:
-            out = user
-            continue
-        if op_name(user) != "add" or "alpha" in user.kwargs:
-            return
-        other = [n for n in user.all_input_nodes if n is not out]
-        if len(other) != 1 or other[0].op != "get_attr" or other[0].meta.get("unknown"):
-            return
-        shape = shape_of(other[0])
-        numel = 1
-        for size in shape:
-            numel *= size
-        feature_last = bool(shape) and shape[-1] == site.out_features
-        if (
-            numel != site.out_features
-            or not other[0].meta.get("parameter")
-            or site.axis != -1
-            or not feature_last
-        ):
-            return
-        while out is not site.out:  # the reshapes between belong to the site
-            site.nodes.add(out)
-            out = out.all_input_nodes[0]
-        site.bare = site.out
-        site.bias, site.bias_node, site.out = str(other[0].target), other[0], user
-        site.nodes.add(user)
-        return
+def _addend(add: fx.Node, value: fx.Node, width: int) -> fx.Node | None:
+    """The parameter of ``width`` features that ``add`` adds to ``value``; ``None`` for any other node."""
+    if op_name(add) != "add" or "alpha" in add.kwargs:
+        return None
+    others = [n for n in add.all_input_nodes if n is not value]
+    if len(others) != 1 or others[0].op != "get_attr" or others[0].meta.get("unknown"):
+        return None
+    shape = shape_of(others[0])
+    along_features = shape[-1:] == (width,) and math.prod(shape) == width
+    return others[0] if along_features and others[0].meta.get("parameter") else None
 
 
 def _arguments(node: fx.Node, names: tuple[str, ...]) -> list[object]:

@@ -18,9 +18,10 @@ from torch import fx
 
 from moefy.passes.match.body_graph import OutsideOwner, body_graph, tail_graph
 from moefy.passes.match.classify_body import classify_body
+from moefy.passes.match.codes import Code, Refusal
 from moefy.passes.match.facts import Facts
 from moefy.passes.match.placement import Placement, as_linears, place
-from moefy.passes.match.refusals import Refusal, Refusals, is_lora
+from moefy.passes.match.refusals import Refusals, is_lora
 from moefy.passes.match.regions import Region, find_regions
 from moefy.passes.trace import Trace
 from moefy.passes.trace.vocabulary import CASTS, DROPOUTS, RESHAPES, SPLITS, op_name, parameter_only
@@ -52,8 +53,8 @@ class Match:
         """The first call site."""
         return self.regions[0]
 
-    def refused(self, code: str, reason: str) -> Match:
-        """This match with a refusal."""
+    def refused(self, code: Code, reason: str) -> Match:
+        """This match with a refusal, in place of the one it may have."""
         return dataclasses.replace(self, record=dataclasses.replace(self.record, code=code, reason=reason))
 
 

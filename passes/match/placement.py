@@ -2,6 +2,10 @@
 
 Contract: everything here is a question; regions come back changed as copies. A region inside its owner may differ from
 the region in the trace: its bias may be answered apart, and the owner may apply a dropout to the result.
+
+    >>> placement = place(facts, [region])                 # x + self.mlp(x)
+    >>> placement.form, placement.fqn, [n.name for n in placement.regions[0].tail]
+    ('module', 'mlp', ['dropout_1'])
 """
 
 from __future__ import annotations
@@ -119,12 +123,13 @@ def _answer(call: ModuleCall, region: Region) -> Owner | None:
     if tail is None:
         return None
     exit_site = dataclasses.replace(region.exit, bias=bias)
-    return Owner(call.fqn, pair, dataclasses.replace(region, exit=exit_site, tail=tuple(tail)))
+    return Owner(call.fqn, pair, dataclasses.replace(region, exit=exit_site, tail=tail))
 
 
-def _dropout_tail(out: fx.Node, exit_out: fx.Node) -> list[fx.Node] | None:
+def _dropout_tail(out: fx.Node, exit_out: fx.Node) -> tuple[fx.Node, ...] | None:
     """The dropouts between the exit and the owner's result; ``None`` when anything else lies there."""
-    tail, node = [], out
+    tail: list[fx.Node] = []
+    node = out
     while node is not exit_out:
         name = op_name(node)
         if name in DROPOUTS:
@@ -132,12 +137,13 @@ def _dropout_tail(out: fx.Node, exit_out: fx.Node) -> list[fx.Node] | None:
         elif node.op != "call_function" or not (
             name in CASTS or (name in RESHAPES and keeps_last_axis(node))
         ):
-            return [] if look_through(exit_out) is look_through(out) else None
+            return () if look_through(exit_out) is look_through(out) else None
         node = tensor_inputs(node)[0]
-    return tail[::-1]
+    return tuple(reversed(tail))
 
 
 def _takes_the_source_alone(call: ModuleCall, region: Region) -> bool:
+    """Whether the region's source is the only argument of ``call``."""
     tensors = [node for node in call.inputs if node is not None]
     if call.has_other_inputs or len(tensors) != 1:
         return False
@@ -145,7 +151,7 @@ def _takes_the_source_alone(call: ModuleCall, region: Region) -> bool:
 
 
 def _pads(node: fx.Node, region: Region) -> bool:
-    """Whether it is a cast or reshape of the output or of the source."""
+    """Whether ``node`` is a cast or reshape of the output or of the source."""
     ends = (look_through(region.exit.out), look_through(region.source))
     return op_name(node) in CASTS | RESHAPES and look_through(node) in ends
 

@@ -1,25 +1,11 @@
 """Why a candidate region is no FFN that can become an MoE: the rules, and the code and text of each refusal.
 
 A region is an FFN when its linears are plain, nothing in it escapes, its body is element-wise, its width comes out as
-it went in, its output is added to the stream that it reads, and the linears act on that stream's feature axis.
+it went in, its output is added to the stream that it reads, and the linears act on that stream's feature axis. The
+first rule that refuses is named; ``codes`` lists what it can say.
 
-========================  ============================================================================
-grouped, quantized,       a linear that cannot become experts (``linears``)
-sharded, computed-weight,
-unregistered-weight, lora
-escape                    an inner value is used outside the region
-conv-, concat-, norm-,    the body holds more than element-wise ops (``regions``)
-reduction-, opaque-between
-different-source          the entries, or the body, read different values
-width-change              D_in != D_out
-router-above              part of an existing Mixture-of-Experts
-no-residual               heads, poolers, squeeze-excite, projectors
-feature-axis              token mixing
-shared-weight             a weight is also used elsewhere, or tied to another module's
-raw-parameters            no module of its own to replace
-unsupported-hook          a hook or an overridden forward would be lost (``moefy.capture.judge``)
-excluded                  left out by ``include`` or ``exclude`` (``moefy.rewrite.plan``)
-========================  ============================================================================
+    >>> Refusals(facts).of([region])           # a head: linear, relu, linear, and no residual
+    ('no-residual', 'its output is not added to the stream that it reads (a head, gate or projector)')
 """
 
 from __future__ import annotations
@@ -28,17 +14,15 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 
+from moefy.passes.match.codes import Code, Refusal
 from moefy.passes.match.facts import Facts
 from moefy.passes.match.regions import Region
 from moefy.passes.match.residual import find_residual
 from moefy.passes.trace import ModuleCall
 from moefy.passes.trace.vocabulary import ROUTING, op_name, parameter_only, shape_of
 
-Refusal = tuple[str, str]
-"""The stable short name of a reason, and the reason in words."""
-
-# The first of a body's issues that stands here is the one that is named.
-_ISSUE_ORDER = (
+# A body may have several issues. The first of this order is named.
+_ISSUE_ORDER: tuple[Code, ...] = (
     "conv-between",
     "concat-between",
     "norm-between",
@@ -149,7 +133,7 @@ def _linear_problem(region: Region) -> Refusal | None:
 def _body_issue(region: Region) -> Refusal | None:
     if not region.same_source:
         return "different-source", "its first linears read different values"
-    code = next((code for code in _ISSUE_ORDER if code in region.issues), None)
+    code: Code | None = next((code for code in _ISSUE_ORDER if code in region.issues), None)
     if code is None:
         return None
     if code == "reduction-between" and any(op_name(node) in _NORM_PARTS for node in region.body):

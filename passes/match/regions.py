@@ -3,6 +3,8 @@
 ``find_regions`` walks up from every linear through whatever is element-wise (and, noting an *issue*, through norms,
 convolutions, concatenations) until only linears are left. A candidate is a region with an activation, or a product of
 two branches, whose entries read one source. ``refusals`` says whether a candidate may become an MoE.
+
+    x -> up -> gelu -> down      exit "down", body (gelu,), entries (up,), source x
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import dataclasses
 import heapq
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
+from moefy.passes.match.codes import Code, Refusal
 from moefy.passes.match.linears import LinearSite
 from moefy.passes.trace import Trace
 from moefy.passes.trace.vocabulary import (
@@ -36,6 +39,8 @@ from moefy.passes.trace.vocabulary import (
     tensor_inputs,
 )
 
+# Bounds the cost of one walk: it goes no further above a body of this many nodes, and the candidate is refused as
+# opaque. Among the 343 models of the test zoo the largest body has 36 nodes, the largest of an accepted FFN 15.
 MAX_BODY = 256
 
 
@@ -43,15 +48,21 @@ MAX_BODY = 256
 class Region:
     """Entries, body and exit of one candidate at one place of the trace.
 
-    ``body`` holds the nodes strictly between (parameter expressions included, linears not), in execution order.
-    ``issues`` maps a reason code to its text, for what a body must not contain. ``tail`` is the dropout that the
-    owner applies to the exit's output, when the owner's whole forward is the FFN (``placement`` finds it).
+    Attributes:
+        entries: the first linears, in execution order.
+        exit: the last linear.
+        body: the nodes strictly between, parameter expressions included, in execution order.
+        issues: what the body must not contain, by code.
+        source: the value that the first entry reads.
+        same_source: whether all entries read that value.
+        tail: the dropouts that the owner applies to the exit's output, when the owner's whole forward is the FFN
+            (``placement`` finds them).
     """
 
-    entries: list[LinearSite]
+    entries: tuple[LinearSite, ...]
     exit: LinearSite
-    body: list[fx.Node]
-    issues: dict[str, str]
+    body: tuple[fx.Node, ...]
+    issues: Mapping[Code, str]
     source: fx.Node
     same_source: bool
     tail: tuple[fx.Node, ...] = ()
@@ -68,9 +79,9 @@ class Region:
         return -1 if axis == -1 else axis - len(self.source.meta["shape"])
 
     @property
-    def sites(self) -> list[LinearSite]:
+    def sites(self) -> tuple[LinearSite, ...]:
         """The entries in the order of their calls, then the exit."""
-        return [*self.entries, self.exit]
+        return (*self.entries, self.exit)
 
     def nodes(self) -> set[fx.Node]:
         """All call nodes of entries, body and exit, and the reshapes and casts between body and exit."""
@@ -111,8 +122,8 @@ def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region 
     walk = _Walk(exit_site, sites)
     if not walk.run():
         return None
-    body = sorted(walk.body, key=lambda n: n.meta["seq"])
-    entries = sorted(walk.entries, key=lambda site: site.out.meta["seq"])
+    body = tuple(sorted(walk.body, key=lambda n: n.meta["seq"]))
+    entries = tuple(sorted(walk.entries, key=lambda site: site.out.meta["seq"]))
     check = _BodyCheck(entries, walk.issues)
     axes = check.run(body)
     if not any(_activates(node, axes[node]) for node in body if node in axes):
@@ -125,19 +136,22 @@ def _walk_up(exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> Region 
 
 
 class _Walk:
-    """The walk up from one exit, latest nodes first, so that a branch is met before what it came from."""
+    """The walk up from one exit, latest nodes first: a branch is visited before the value that it came from.
+
+    ``suspicious`` tells that the body will have an issue; ``_may_differ`` then prunes the walk.
+    """
 
     def __init__(self, exit_site: LinearSite, sites: dict[fx.Node, LinearSite]) -> None:
         self.exit, self.sites = exit_site, sites
         self.entries: list[LinearSite] = []
         self.body: set[fx.Node] = set()
-        self.issues: dict[str, str] = {}
+        self.issues: dict[Code, str] = {}
         self.suspicious = False
         self._heap: list[tuple[int, fx.Node]] = []
         self._queued: set[fx.Node] = set()
 
     def run(self) -> bool:
-        """Walk until only linears are left. False: no candidate."""
+        """Walk until only linears are left. Returns whether there is a candidate."""
         self._push(look_through(self.exit.x) if self.exit.axis == -1 else self.exit.x)
         while self._heap:
             if not self._visit(heapq.heappop(self._heap)[1]):
@@ -145,7 +159,7 @@ class _Walk:
         return bool(self.entries)
 
     def _visit(self, node: fx.Node) -> bool:
-        """False when this cannot become a candidate any more."""
+        """Go on through ``node``. Returns whether there can still be a candidate."""
         site = self.sites.get(node)
         if site is not None and node is site.out:
             self.entries.append(site)
@@ -168,7 +182,7 @@ class _Walk:
             heapq.heappush(self._heap, (-node.meta["seq"], node))
 
     def _passes(self, node: fx.Node) -> bool:
-        """Whether the walk goes on above ``node``: it belongs into a body, or the refusal will name it."""
+        """Whether the walk goes on above ``node``: a body may hold it, or the refusal will name it."""
         if node.op != "call_function" or len(self.body) > MAX_BODY:
             return False
         named = any(op_name(node) in names for names, _, _ in _ISSUES)
@@ -179,14 +193,14 @@ class _Walk:
 class _BodyCheck:
     """Follows the feature axis through a body, in execution order, and notes what a body must not contain.
 
-    What does not come from the entries is a foreign value, whatever it is made of.
+    A value that comes neither from the entries nor from parameters alone is foreign.
     """
 
-    def __init__(self, entries: list[LinearSite], issues: dict[str, str]) -> None:
+    def __init__(self, entries: Sequence[LinearSite], issues: Mapping[Code, str]) -> None:
         self.issues = dict(issues)
         self._axes = {e.out: e.axis % len(shape_of(e.out)) for e in entries if shape_of(e.out)}
 
-    def run(self, body: list[fx.Node]) -> dict[fx.Node, int]:
+    def run(self, body: Sequence[fx.Node]) -> dict[fx.Node, int]:
         """The feature axis of every body value that comes from the entries."""
         foreign = False
         for node in body:
@@ -211,8 +225,13 @@ class _BodyCheck:
         self._axes[node] = axis if moved is None else moved
 
 
-def _may_differ(entries: list[LinearSite]) -> bool:
-    """Whether it is worth going on: the entries read one source so far, or carry a LoRA adapter."""
+def _may_differ(entries: Sequence[LinearSite]) -> bool:
+    """Whether a suspicious walk goes on: its entries read one source so far, or carry a LoRA adapter.
+
+    Two sources and an issue together are no candidate (``match``), whatever follows. Such a walk started at an ordinary
+    linear (a query projection behind a norm) and climbs the residual stream up to the model's input. Pruned, the walks
+    over 80 transformer blocks visit 1,356 nodes; unpruned 26,320, for the same matches.
+    """
     if any("lora_" in entry.weight or ".base_layer." in entry.weight for entry in entries):
         return True
     return len({_source(entry) for entry in entries}) == 1
@@ -222,8 +241,8 @@ def _source(entry: LinearSite) -> fx.Node:
     return look_through(entry.x) if entry.axis == -1 else entry.x
 
 
-def _problem(node: fx.Node, value: fx.Node, axis: int) -> tuple[str, str] | None:
-    """Code and text of what is wrong with ``node``, which reads ``value`` with its features on ``axis``."""
+def _problem(node: fx.Node, value: fx.Node, axis: int) -> Refusal | None:
+    """What a body must not contain about ``node``, which reads ``value`` with its features on ``axis``."""
     name, rank = op_name(node), len(shape_of(value))
     if name in RESHAPES and not (keeps_last_axis(node) and axis == rank - 1):
         return "feature-axis", f"{name} between the linears changes the feature axis"
@@ -245,7 +264,8 @@ def _belongs(node: fx.Node) -> bool:
     return name in CASTS | DROPOUTS | RESHAPES | SPLITS | PERMUTES or name == "getitem" or is_pointwise(node)
 
 
-_ISSUES = (
+# operations, the code of the refusal, and its text; a walk goes on through them, so that the refusal can name them
+_ISSUES: tuple[tuple[frozenset[str], Code, str], ...] = (
     (CONVS, "conv-between", "a convolution ({}) between the linears mixes positions"),
     (CONCATS, "concat-between", "{} between the linears"),
     (NORMS, "norm-between", "a norm ({}) between the linears"),
@@ -254,7 +274,7 @@ _ISSUES = (
 
 
 def _operands_fit(node: fx.Node, axis: int) -> bool:
-    """Parameters in the body may be scalars or lie along the feature axis."""
+    """Whether every parameter that ``node`` reads is a scalar or lies along the feature axis."""
     rank = len(shape_of(node))
     parameters = [shape_of(value) for value in tensor_inputs(node) if parameter_only(value)]
     if op_name(node) == "prelu":  # by definition its weight lies along axis 1
@@ -303,7 +323,7 @@ _NONLINEAR_REDUCTIONS = frozenset(("softmax", "log_softmax", "amax", "amin", "ma
 
 
 def _activates(node: fx.Node, axis: int) -> bool:
-    """Whether something non-linear happens: an activation, or the product of two branches."""
+    """Whether ``node`` is non-linear: an activation, or the product of two branches."""
     name = op_name(node)
     if parameter_only(node):
         return False
@@ -320,7 +340,7 @@ _LINEAR = (
 
 
 def _is_scale(node: fx.Node, axis: int) -> bool:
-    """A product with a scalar, a parameter, or one factor per position."""
+    """Whether ``node`` is a product with a scalar, a parameter, or one factor per position."""
     if op_name(node) not in ("mul", "div") or _squares(node):
         return False
     operands = [v for v in tensor_inputs(node) if not parameter_only(v)]
@@ -328,7 +348,7 @@ def _is_scale(node: fx.Node, axis: int) -> bool:
 
 
 def _serves_a_norm(node: fx.Node, axis: int) -> bool:
-    """A part of a hand-written norm: the square under its mean, or the factor that it yields."""
+    """Whether ``node`` is part of a hand-written norm: the square under its mean, or the factor that it yields."""
     users = [op_name(u) for u in node.users]
     return _width(node, axis) == 1 or (bool(users) and all(u in REDUCTIONS for u in users))
 

@@ -3,6 +3,9 @@
 From the exit the walk goes forward through dropout, casts, reshapes, norms, permutations, concatenation of chunks,
 products with a parameter, a scalar or a ``[..., 1]`` factor, and sums, until it meets a sum whose other operand is the
 source or an ancestor of it. Heads, poolers, squeeze-excite blocks and projectors have no such sum.
+
+    x + drop(down(gelu(up(norm(x)))))      source norm(x), stream {norm(x), x}: the sum is the residual
+    x * sigmoid(down(relu(up(mean(x)))))   no sum
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ _CARRIERS = (
     )
 )
 _SCALES = frozenset(["mul", "div", "addcmul", "masked_fill", "where", "nan_to_num", "clamp"])
+# Bounds the cost of one search, forward and up. Among the 343 models of the test zoo a residual is at most 5 steps from
+# the exit, and no search takes more than 11.
 _MAX_STEPS = 400
 
 
@@ -75,7 +80,11 @@ def _adds_stream(add: fx.Node, value: fx.Node, stream: set[fx.Node], inside: set
 
 
 def _meets(node: fx.Node, stream: set[fx.Node], inside: set[fx.Node]) -> bool:
-    """Whether ``node`` is the stream, or carries it: scaled, cast, reshaped, or as one addend of a sum."""
+    """Whether ``node`` is the stream, or carries it: scaled, cast, reshaped, or as one addend of a sum.
+
+    The walk up ends at the region's own nodes and at any other operation (a linear, an activation). What lies behind
+    one is a branch that was computed from the stream, not the stream.
+    """
     stack, seen = [node], {node}
     while stack and len(seen) < _MAX_STEPS:
         current = stack.pop()
@@ -104,7 +113,7 @@ def _carries(user: fx.Node, value: fx.Node, sites: dict[fx.Node, LinearSite], ax
 
 
 def _sums_a_stack(node: fx.Node, value: fx.Node) -> bool:
-    """``torch.stack([...]).sum(0)``: an addition of branches."""
+    """Whether ``node`` adds branches as ``torch.stack([...]).sum(0)``."""
     if op_name(node) != "sum" or op_name(value) != "stack":
         return False
     stacked = value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)
@@ -115,7 +124,7 @@ def _sums_a_stack(node: fx.Node, value: fx.Node) -> bool:
 
 
 def _is_factor(node: fx.Node, value: fx.Node, axis: int) -> bool:
-    """A mask, a gate with one value per position, or one that is broadcast over positions (adaptive norms)."""
+    """Whether ``node`` is a mask, a gate with one value per position, or one for all positions (adaptive norms)."""
     shape = shape_of(node)
     if len(shape) < 2 or shape[axis] == 1 or node.meta.get("dtype") == torch.bool:
         return True
@@ -135,6 +144,7 @@ def _stream(source: fx.Node, sites: dict[fx.Node, LinearSite], axis: int) -> set
 
 
 def _upstream(node: fx.Node, sites: dict[fx.Node, LinearSite], axis: int) -> Iterator[fx.Node]:
+    """The inputs of ``node`` that are the same stream."""
     if node.op != "call_function" or node in sites:
         return
     name = op_name(node)

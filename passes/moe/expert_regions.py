@@ -1,8 +1,8 @@
 """Find expert regions in a graph: permute, entry GEMMs, a body, exit GEMM, combine.
 
-This is what a transformed model looks like to Dynamo when its FFN code stayed the user's. A region is
-safe to replace when nothing else reads its inside, its entries read one source with one routing, its
-body reads nothing but the entries, and autocast is in one state throughout.
+A transformed model looks so to Dynamo when its FFN code stayed the user's. A region is safe to replace
+when nothing else reads its inside, its entries read one source with one routing, its body reads
+nothing but the entries, and autocast is in one state throughout.
 
     >>> [region] = find_expert_regions(gm.graph)
     >>> [n.name for n in region.entries], region.combine.name
@@ -21,21 +21,26 @@ import torch
 from torch import Tensor, fx
 
 from moefy import ops  # noqa: F401  registers torch.ops.moefy
+from moefy.passes.graphs import example_value
+from moefy.passes.trace.vocabulary import qualified_op_name
 
 PERMUTE = torch.ops.moefy.permute.default
 GROUPED_LINEAR = torch.ops.moefy.grouped_linear.default
 COMBINE = torch.ops.moefy.combine.default
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class ExpertRegion:
-    """One expert FFN, by its nodes. ``body`` is in graph order; ``reason`` says why not to fuse it."""
+    """One expert FFN, by its nodes; ``entries``, ``permutes`` and ``body`` are in graph order.
+
+    ``reason`` says why the region cannot be one op; it is empty when the region can.
+    """
 
     combine: fx.Node
     exit: fx.Node
-    entries: list[fx.Node] = dataclasses.field(default_factory=list)
-    permutes: list[fx.Node] = dataclasses.field(default_factory=list)
-    body: list[fx.Node] = dataclasses.field(default_factory=list)
+    entries: tuple[fx.Node, ...] = ()
+    permutes: tuple[fx.Node, ...] = ()
+    body: tuple[fx.Node, ...] = ()
     reason: str = ""
 
     @property
@@ -52,48 +57,48 @@ def find_expert_regions(graph: fx.Graph) -> list[ExpertRegion]:
     for combine in graph.find_nodes(op="call_function", target=COMBINE):
         exit_linear = combine.args[0]
         if isinstance(exit_linear, fx.Node) and exit_linear.target is GROUPED_LINEAR:
-            region = ExpertRegion(combine, exit_linear)
-            region.reason = _walk_up(region, position) or _check(region, position, autocast)
-            regions.append(region)
+            region = _walk_up(combine, exit_linear, position)
+            reason = region.reason or _check(region, position, autocast)
+            regions.append(dataclasses.replace(region, reason=reason))
     return sorted(regions, key=lambda r: position[r.combine])
 
 
 def is_tensor_node(node: fx.Node) -> bool:
     """Whether the node's value is or holds a tensor; when unknown, yes."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = example_value(node)
     values = value if isinstance(value, tuple | list) else (value,)
     return value is None or any(isinstance(v, Tensor) for v in values)
 
 
-def _walk_up(region: ExpertRegion, position: dict[fx.Node, int]) -> str:
-    """Collect body, entries and permutes above the exit; return what is in the way."""
+def _walk_up(combine: fx.Node, exit_linear: fx.Node, position: dict[fx.Node, int]) -> ExpertRegion:
+    """The region above ``combine``: body, entries and permutes, or the reason that ended the walk."""
     seen: set[fx.Node] = set()
-    todo = [region.exit.args[0]]
+    entries: list[fx.Node] = []
+    body: list[fx.Node] = []
+    todo = [exit_linear.args[0]]
     while todo:
         node = todo.pop()
         if not isinstance(node, fx.Node) or node in seen or not is_tensor_node(node):
             continue
         seen.add(node)
         if node.target is GROUPED_LINEAR:
-            region.entries.append(node)
+            entries.append(node)
         elif node.op not in ("call_function", "call_method"):
-            return f"the body reads {node.name}"
+            return ExpertRegion(combine, exit_linear, reason=f"the body reads {node.name}")
         elif node.target in (PERMUTE, COMBINE):
-            return "the body holds rows of another routing"
+            return ExpertRegion(combine, exit_linear, reason="the body holds rows of another routing")
         else:
-            region.body.append(node)
+            body.append(node)
             todo.extend(node.all_input_nodes)
-    region.entries.sort(key=position.__getitem__)
-    region.body.sort(key=position.__getitem__)
-    permutes = [e.args[0] for e in region.entries]
-    if any(not isinstance(p, fx.Node) or p.target is not PERMUTE for p in permutes):
-        return "an entry does not read permuted tokens"
-    region.permutes = sorted(dict.fromkeys(permutes), key=position.__getitem__)  # type: ignore[arg-type]
-    return "" if region.entries else "no entry above the exit"
+    permutes = [p for e in entries if isinstance(p := e.args[0], fx.Node) and p.target is PERMUTE]
+    if len(permutes) < len(entries):
+        return ExpertRegion(combine, exit_linear, reason="an entry does not read permuted tokens")
+    found = (tuple(sorted(set(nodes), key=position.__getitem__)) for nodes in (entries, permutes, body))
+    return ExpertRegion(combine, exit_linear, *found, reason="" if entries else "no entry above the exit")
 
 
 def _check(region: ExpertRegion, position: dict[fx.Node, int], autocast: dict[fx.Node, Any]) -> str:
-    """Whether the region is one FFN that nothing else looks into."""
+    """Why the region is not one FFN that nothing else looks into; empty when it is."""
     order, offsets = region.combine.args[2], region.exit.args[3]
     if any(e.args[3] is not offsets for e in region.entries):
         return "the linears have different offsets"
@@ -131,7 +136,7 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def _autocast_states(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """For each node the autocast blocks around it."""
+    """For each node the nodes that opened the autocast blocks around it."""
     states: dict[fx.Node, tuple[fx.Node, ...]] = {}
     open_blocks: list[fx.Node] = []
     for node in graph.nodes:
@@ -144,11 +149,12 @@ def _autocast_states(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
 
 
 def _mutates(node: fx.Node) -> bool:
+    """Whether the call writes to one of its arguments: ``x += 1``, ``x.relu_()``, ``x[0] = 1``, ``out=x``."""
     if node.op not in ("call_function", "call_method"):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = qualified_op_name(node)
     augmented = name.startswith("i") and hasattr(operator, f"__{name}__")
     written = node.target is operator.setitem or node.kwargs.get("inplace") or "out" in node.kwargs
     return bool(written or augmented or (name.endswith("_") and not name.endswith("__")))

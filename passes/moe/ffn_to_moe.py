@@ -15,18 +15,17 @@ import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import fx
+from torch import fx, nn
 
 from moefy.nn import dispatch
+from moefy.passes.base import Pass
 from moefy.passes.match import Match
 from moefy.passes.match.body_graph import body_graph
 from moefy.passes.match.regions import Region
-from moefy.passes.pipeline import recording
+from moefy.passes.pipeline import run_pass
 from moefy.passes.trace import Trace
 from moefy.passes.trace.vocabulary import RESHAPES, op_name
 from moefy.records import PassRecord
-
-NAME = "ffn_to_moe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +37,46 @@ class GraphMatch:
     router: str
 
 
+class FFNToMoE(Pass):
+    """The pass ``ffn_to_moe``, for one graph.
+
+    Args:
+        matches: the FFNs to rewrite.
+        nodes: the graph's node for each node that the traces of the matches name as an origin.
+    """
+
+    name = "ffn_to_moe"
+    stage = "capture"
+
+    def __init__(self, matches: Sequence[GraphMatch], nodes: dict[fx.Node, fx.Node]) -> None:
+        self.matches, self.nodes = matches, nodes
+
+    def rewrite(self, gm: fx.GraphModule) -> int:
+        """Rewrite every call of every match; the number of matches."""
+        for match in self.matches:
+            for region in match.match.regions:
+                last = _rewrite(gm.graph, self.nodes, match, region)
+                dense = [self.nodes[o] for n in region.nodes() if (o := n.meta.get("origin")) in self.nodes]
+                _erase(gm.graph, [*dense, last])
+        return len(self.matches)
+
+
 def ffn_to_moe(graph: fx.Graph, matches: Sequence[GraphMatch]) -> tuple[fx.Graph, PassRecord]:
     """A copy of ``graph`` with every match rewritten, and the record of the pass."""
-    rewritten, copies = _copy(graph)
-    with recording(NAME, lambda: len(rewritten.nodes)) as run:
-        run.matched = len(matches)
-        for match in matches:
-            for region in match.match.regions:
-                last = _rewrite(rewritten, copies, match, region)
-                dense = [copies[o] for n in region.nodes() if (o := n.meta.get("origin")) in copies]
-                _erase(rewritten, [*dense, last])
-        rewritten.lint()
-    return rewritten, run.record
+    copied, copies = _copy(graph)
+    record = run_pass(FFNToMoE(matches, copies), _without_modules(copied))
+    return copied, record
+
+
+def _without_modules(graph: fx.Graph) -> fx.GraphModule:
+    """A module around ``graph`` for the runner. It holds none of the modules that the graph names.
+
+    Routers and stacked experts are installed after the pass, so lint may not look for them: the graph has no owner.
+    """
+    gm = fx.GraphModule(nn.Module(), fx.Graph())
+    gm.graph = graph
+    graph.owning_module = None
+    return gm
 
 
 def _copy(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

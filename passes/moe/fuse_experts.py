@@ -1,9 +1,9 @@
 """Replace permute, entry GEMMs, body, exit GEMM and combine by one ``moefy::expert_ffn``.
 
-Matches in Dynamo's pre-grad graph of a transformed model, also inside checkpointed blocks. The body is
-recognised by its numbers (``classify_body``), so hand-written activations fuse too. Rounding may change
-and nothing else: a body with an active dropout, with parameters of its own or with outside readers stays
-as it is, and the record's note says why.
+Matches in Dynamo's pre-grad graph of a transformed model, also inside checkpointed blocks. The pass
+recognises a body by its numbers (``classify_body``), so hand-written activations fuse too. Rounding may
+change and nothing else: a body with an active dropout, with parameters of its own or with outside
+readers stays as it is, and the record's note says why.
 
     before   permute, grouped_linear, view, gelu, reshape, grouped_linear, combine
     after    expert_ffn(x, top_k_weights, order, offsets, w_up, b_up, w_down, b_down,
@@ -21,10 +21,11 @@ from torch.fx.node import map_arg
 
 from moefy import ops
 from moefy.passes.base import Pass
-from moefy.passes.graphs import graph_modules
+from moefy.passes.graphs import example_value, graph_modules
 from moefy.passes.match.classify_body import classify_body
 from moefy.passes.moe.expert_regions import ExpertRegion, find_expert_regions
 from moefy.passes.pipeline import register_pass
+from moefy.passes.trace.vocabulary import qualified_op_name
 from moefy.records import KnownBody
 
 # Bodies are probed with the graph's own number of rows while that is at most this many values (8 MB in
@@ -44,32 +45,28 @@ class FuseExperts(Pass):
         matched, refused = 0, Counter[str]()
         for module in graph_modules(gm):
             for region in find_expert_regions(module.graph):
-                known = None if region.reason else classify_region(region)
-                if known is not None:
+                known = region.reason or classify_region(region)
+                if isinstance(known, KnownBody):
                     _fuse(module.graph, region, known)
                     matched += 1
                 else:
-                    refused[region.reason] += 1
+                    refused[known] += 1
         self.note = "; ".join(f"{n} kept: {reason}" for reason, n in refused.items())
         return matched
 
 
-def classify_region(region: ExpertRegion) -> KnownBody | None:
-    """The region's body by name, or ``None`` with ``region.reason`` set."""
+def classify_region(region: ExpertRegion) -> KnownBody | str:
+    """The region's body by name, or the reason why it has none."""
     if any(_random(n) for n in region.body):
-        region.reason = "active dropout"
-        return None
-    values = [_example(e) for e in region.entries]
+        return "active dropout"
+    values = [example_value(e) for e in region.entries]
     rows = _hint(values[0].shape[0]) if values[0] is not None else None
     if any(v is None for v in values) or not rows:
-        region.reason = "unknown number of rows"
-        return None
+        return "unknown number of rows"
     widths = [_hint(v.shape[1]) for v in values]  # type: ignore[union-attr]
     dtype = values[0].dtype  # type: ignore[union-attr]
     known = classify_body(_Body(region, rows, widths), widths, rank=2, dtype=dtype)  # type: ignore[arg-type]
-    if known is None:
-        region.reason = "no known body"
-    return known
+    return known or "no known body"
 
 
 class _Body:
@@ -107,7 +104,7 @@ class _Body:
         return env[self.region.exit.args[0]]  # type: ignore[index]
 
     def _value(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        return env[node] if node in env else _hints(_example(node))
+        return env[node] if node in env else _hints(example_value(node))
 
     def _scale(self, value: Any, count: int) -> Any:
         if isinstance(value, tuple | list):
@@ -138,19 +135,14 @@ def _fuse(graph: fx.Graph, region: ExpertRegion, known: KnownBody) -> None:
 
 
 def _random(node: fx.Node) -> bool:
-    """Dropout that drops; torch's signatures are ``(input, p, training, ...)``."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if "dropout" not in name:
+    """Whether the call is a dropout that drops; torch's signatures are ``(input, p, training, ...)``."""
+    if "dropout" not in qualified_op_name(node):
         return False
     p, training = (
         node.args[i] if len(node.args) > i else node.kwargs.get(key, default)
         for i, key, default in ((1, "p", 0.5), (2, "training", True))
     )
     return bool(p != 0 and training is not False)
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _hint(size: Any) -> int | None:

@@ -1,4 +1,9 @@
-"""Trace: what one forward of a model does, as an ``fx.Graph`` at the level of torch functions."""
+"""Trace: what one forward of a model does, as an ``fx.Graph`` at the level of torch functions.
+
+forward, graph_tracer    the two sources: a module's forward, or a graph that the caller has
+recorder, module_calls   what watches them; fake: without memory or arithmetic
+trace                    the result; vocabulary: what its nodes are called
+"""
 
 from moefy.passes.trace.fake import fake_inputs
 from moefy.passes.trace.forward import trace_module

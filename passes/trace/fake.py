@@ -1,4 +1,9 @@
-"""Run a forward on fake tensors, which have shapes and neither memory nor values."""
+"""Run a forward on fake tensors, which have shapes and neither memory nor values.
+
+>>> with fake_inputs(model, (torch.ones(2, 4),)) as (x,):
+...     type(x).__name__, tuple(x.shape)
+('FakeTensor', (2, 4))
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,11 @@ from moefy.passes.trace.trees import map_tensors
 
 @contextmanager
 def fake_inputs(model: nn.Module, tree: Any) -> Iterator[Any]:
-    """Enter the fake mode of the model (a new one for a real model) and yield ``tree`` with fake tensors."""
+    """Enter the fake mode of the model (a new one for a real model) and yield ``tree`` with fake tensors.
+
+    Real parameters may meet fake inputs in it. torch's warnings about what it cannot fake are kept back: a model that
+    cannot run so is expected, and the caller falls back to a real run.
+    """
     from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -30,9 +39,7 @@ def fake_inputs(model: nn.Module, tree: Any) -> Iterator[Any]:
 
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
-    log.setLevel(
-        logging.CRITICAL
-    )  # a model that cannot run on fake tensors is expected: the caller falls back
+    log.setLevel(logging.CRITICAL)
     try:
         with mode:
             yield map_tensors(tree, convert)

@@ -41,8 +41,7 @@ def trace_module(
         if fake:
             args, kwargs = stack.enter_context(fake_inputs(model, (args, kwargs or {})))
         for tensor in tensors_in((args, kwargs or {})):
-            if recorder.lookup(tensor) is None:
-                recorder.bind(tensor, recorder.append("placeholder", f"input_{recorder._seq}", value=tensor))
+            recorder.add_input(tensor)
         stack.enter_context(recording_calls(recorder))
         stack.enter_context(recorder)
         outputs = (run or model)(*args, **(kwargs or {}))

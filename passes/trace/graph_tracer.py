@@ -1,4 +1,9 @@
-"""Trace a graph that the caller has: interpret it, and record it in the same representation as a forward."""
+"""Trace a graph that the caller has: interpret it, and record it in the same representation as a forward.
+
+>>> gm = torch.fx.symbolic_trace(torch.nn.ReLU())
+>>> [(n.name, n.meta["origin"]) for n in trace_graph(gm, (torch.ones(2),)).graph.nodes if n.op == "call_function"]
+[('relu', relu)]
+"""
 
 from __future__ import annotations
 
@@ -27,9 +32,8 @@ class GraphTracer(fx.Interpreter):
         if n.op == "call_function" and isinstance(result, Tensor | tuple | list) and has_tensor(result):
             tensors = list(tensors_in(result))
             if n.target is not operator.getitem and any(self.recorder.lookup(t) is None for t in tensors):
-                args, kwargs = self.fetch_args_kwargs_from_env(n)
-                # ops that torch-function modes do not see, such as aten overloads
-                args, kwargs = self.recorder.arguments((args, kwargs))
+                # a torch-function mode does not see aten overloads
+                args, kwargs = self.recorder.arguments(self.fetch_args_kwargs_from_env(n))
                 self.recorder.record(n.target, args, kwargs, result)
         return result
 
@@ -39,17 +43,12 @@ def trace_graph(gm: fx.GraphModule, inputs: tuple[Any, ...], names: dict[int, st
 
     ``names`` adds tensors that are parameters although they come in as inputs, by identity (Dynamo graphs).
     """
-    recorder = Recorder(gm)
-    recorder._names.update(names or {})
+    recorder = Recorder(gm, names)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for tensor, origin in zip(inputs, placeholders, strict=True):
-        if (
-            isinstance(tensor, Tensor)
-            and recorder.lookup(tensor) is None
-            and id(tensor) not in recorder._names
-        ):
+        if isinstance(tensor, Tensor) and recorder.name_of(tensor) is None:
             recorder.origin = origin
-            recorder.bind(tensor, recorder.append("placeholder", origin.name, value=tensor))
+            recorder.add_input(tensor, origin.name)
     root = recorder.enter(gm, inputs, {})
     with recording_calls(recorder), recorder:
         outputs = GraphTracer(gm, recorder).run(*inputs)

@@ -22,18 +22,24 @@ from moefy.passes.trace.vocabulary import CASTS
 
 
 class Recorder(TorchFunctionMode):
-    """Appends one node per torch call that returns tensors."""
+    """Appends one node per torch call that returns tensors.
 
-    def __init__(self, root: nn.Module) -> None:
+    Args:
+        root: the module that gives modules, parameters and buffers their FQNs.
+        names: FQNs of further tensors that are parameters although ``root`` does not hold them, by identity.
+    """
+
+    def __init__(self, root: nn.Module, names: dict[int, str] | None = None) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.calls: list[ModuleCall] = []
         self.current: int | None = None
         self.origin: fx.Node | None = None
-        self.aliases: dict[str, tuple[str, ...]] = {}
         self._seq = 0
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
-        self._names = _tensor_names(root, self.aliases)
+        fqns = _tensor_names(root)
+        self.aliases = {names[0]: names for names in fqns.values() if len(names) > 1}
+        self._names = {**{key: names[0] for key, names in fqns.items()}, **(names or {})}
         self._modules: dict[int, str] = {}
         for fqn, module in root.named_modules():
             self._modules.setdefault(id(module), fqn)
@@ -73,6 +79,11 @@ class Recorder(TorchFunctionMode):
         self._seq += 1
         return node
 
+    def add_input(self, tensor: Tensor, name: str | None = None) -> None:
+        """Give a tensor that comes from outside its placeholder, unless it has a node."""
+        if self.lookup(tensor) is None:
+            self.bind(tensor, self.append("placeholder", name or f"input_{self._seq}", value=tensor))
+
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         """From now on ``tensor`` is the value of ``node``."""
         self._nodes[id(tensor)] = (weakref.ref(tensor), node)
@@ -86,7 +97,7 @@ class Recorder(TorchFunctionMode):
         """The node of ``tensor``; a parameter, a buffer or a tensor of unknown origin gets one on first sight."""
         node = self.lookup(tensor)
         if node is None:
-            fqn = self._names.get(id(tensor))
+            fqn = self.name_of(tensor)
             node = self.append("get_attr", fqn if fqn is not None else f"_unknown_{self._seq}", value=tensor)
             node.meta["unknown"] = fqn is None
             node.meta["parameter"] = isinstance(tensor, nn.Parameter)
@@ -136,21 +147,22 @@ class Recorder(TorchFunctionMode):
         record = self.calls[call]
         self._bind_opaque(record, out)
         record.end = self._seq
-        record.output = map_tensors(out, lambda t: self.lookup(t) or self._parameter_name(t))
+        record.output = map_tensors(out, lambda t: self.lookup(t) or self.name_of(t))
         self.current = record.parent
 
     def _bind_opaque(self, record: ModuleCall, out: Any) -> None:
         """A result that no torch call made (quantised and scripted modules): one node for the whole call."""
         inputs = [n for n in record.inputs if n is not None]
         for tensor in tensors_in(out) if inputs else ():
-            if self.lookup(tensor) is None and id(tensor) not in self._names:
+            if self.lookup(tensor) is None and self.name_of(tensor) is None:
                 self.record(opaque_call(record.kind), tuple(inputs), {}, tensor)
 
     def finish(self, outputs: Any) -> None:
         """Close the graph with the tensors of ``outputs``."""
         self.graph.output(map_tensors(list(tensors_in(outputs)), self.node_of))
 
-    def _parameter_name(self, tensor: Tensor) -> str | None:
+    def name_of(self, tensor: Tensor) -> str | None:
+        """FQN of a parameter or buffer; ``None`` for any other tensor."""
         return self._names.get(id(tensor))
 
 
@@ -180,17 +192,17 @@ def _property_getter(name: str) -> Callable[[Tensor], Any]:
     return getter
 
 
-def _tensor_names(root: nn.Module, aliases: dict[str, tuple[str, ...]]) -> dict[int, str]:
+def _tensor_names(root: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Every FQN of every parameter and buffer, by identity."""
     names: dict[int, list[str]] = {}
     for iterator in (root.named_parameters, root.named_buffers):
         for fqn, tensor in iterator(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(fqn)
-    aliases.update({fqns[0]: tuple(fqns) for fqns in names.values() if len(fqns) > 1})
-    return {key: fqns[0] for key, fqns in names.items()}
+    return {key: tuple(fqns) for key, fqns in names.items()}
 
 
 def _subclass_name(tensor: Tensor) -> str | None:
-    """The class of a tensor that is not a plain one (quantised and distributed tensors)."""
+    """The class of a quantised or distributed tensor; ``None`` for a plain one."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer, FakeTensor)

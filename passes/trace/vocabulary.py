@@ -1,13 +1,18 @@
 """The vocabulary of the matcher: one name per operation, whatever spelling the graph uses, and its class.
 
 ``torch.add``, ``Tensor.add_``, ``Tensor.__radd__``, ``operator.add`` and ``aten.add.Tensor`` are all ``"add"``.
-Element-wise operations are not a list: they are the aten ops with ``torch.Tag.pointwise``, and a function that is no
-aten op by name is run once on small tensors to see which aten ops it is made of.
+Element-wise operations are not a list: they are the aten ops with ``torch.Tag.pointwise``. A function that is no aten
+op by name is run once on small tensors, which shows the aten ops that it is made of.
+
+    >>> gm = torch.fx.symbolic_trace(lambda x: operator.iadd(x, 1))
+    >>> [op_name(node) for node in gm.graph.nodes]
+    ['placeholder', 'add', 'output']
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -337,10 +342,7 @@ def _parameter_only(node: fx.Node) -> bool:
 
 
 def _numel(node: fx.Node) -> int:
-    count = 1
-    for size in node.meta.get("shape") or ():
-        count *= size
-    return count
+    return math.prod(shape_of(node))
 
 
 def moved_axis(node: fx.Node, axis: int) -> int | None:

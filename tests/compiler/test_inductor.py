@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from moefy.compiler import options
 from moefy.compiler.backend import backend
@@ -87,6 +89,36 @@ def test_a_hook_changes_inductors_cache_key_with_its_passes():
 
     (other,) = stage_hooks((), "0/0").values()
     assert other.uuid() != one.uuid()
+
+
+def silent(place: str, setting: int) -> None:
+    """Register a pass that does nothing, with a setting."""
+
+    @register_pass
+    class Silent(Pass):
+        name, stage = "silent", place
+
+        def __init__(self) -> None:
+            self.setting = setting
+
+        def rewrite(self, gm: fx.GraphModule) -> int:
+            return 0
+
+
+@pytest.mark.parametrize("stage", HOOKS)
+def test_inductors_cache_tells_passes_apart_by_their_uuids(stage):
+    def misses() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        model = Sine()
+        torch.compile(model, backend=backend)(torch.ones(3, 8)).sum().backward()
+        return counters["inductor"]["fxgraph_cache_miss"]
+
+    with fresh_cache():
+        assert misses() > 0 and misses() == 0, "without a pass the second compilation is a hit"
+        for setting, missed in ((1, True), (1, False), (2, True), (1, False)):
+            silent(stage, setting)
+            assert (misses() > 0) == missed, (setting, counters["inductor"])
 
 
 def test_a_users_patch_of_the_same_hook_is_refused():

@@ -71,6 +71,13 @@ def test_uuid_follows_settings_and_is_stable():
     assert ReluToGelu(1).uuid() != ReluToGelu(2).uuid()
 
 
+def test_uuid_is_the_same_after_a_run():
+    a_pass = ReluToGelu()
+    before = a_pass.uuid()
+    pipeline.run_pass(a_pass, graph_with_relu())
+    assert a_pass.note and a_pass.uuid() == before
+
+
 def test_pipeline_order_disable_and_history():
     pipeline.register_pass(ReluToGelu)
     assert pipeline.registered_passes()[-1] == "relu_to_gelu"
@@ -118,6 +125,39 @@ def test_a_stage_that_does_not_exist():
 
     with pytest.raises(ConfigError, match="stage"):
         pipeline.register_pass(Late)
+
+
+def test_a_capture_pass_is_run_and_not_registered():
+    class Early(ReluToGelu):
+        name = "early"
+        stage = "capture"
+
+    assert pipeline.run_pass(Early(), graph_with_relu()).matched == 2
+    assert pipeline.history() == (), "the history is the caller's"
+    with pytest.raises(ConfigError, match=r"pre_grad.*for a registered pass"):
+        pipeline.register_pass(Early)
+
+
+def test_passes_of_a_stage_run_in_order_of_registration():
+    order: list[str] = []
+
+    def planted(label: str, place: str) -> None:
+        class Planted(base.Pass):
+            name, stage = label, place
+
+            def rewrite(self, gm):
+                order.append(self.name)
+                return 0
+
+        Planted.__qualname__ = label
+        pipeline.register_pass(Planted)
+
+    for label, place in (("z", "pre_grad"), ("late", "post_grad"), ("a", "pre_grad"), ("m", "pre_grad")):
+        planted(label, place)
+    pipeline.run_pipeline(graph_with_relu())
+    assert order == ["z", "a", "m"]
+    pipeline.run_pipeline(graph_with_relu(), pipeline.passes_of("post_grad"))
+    assert order[3:] == ["late"]
 
 
 def test_a_pass_runs_in_its_stage_alone():

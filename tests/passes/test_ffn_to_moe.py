@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import moefy
+from moefy import passes
 from moefy.nn import dispatch
+from moefy.passes.moe.ffn_to_moe import FFNToMoE
 
 D, H, E, K = 8, 12, 4, 2
 
@@ -131,6 +134,20 @@ def test_exact_rewritten_and_undone(name: str, kind: str) -> None:
     assert gm.code == code and before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert torch.equal(gm(x), expected)
+
+
+def test_it_is_a_pass_of_the_stage_capture(caplog: pytest.LogCaptureFixture) -> None:
+    _, gm, x, _ = make("linear", "symbolic_trace")
+    before = len(gm.graph.nodes)
+    passes.clear_history()
+    with caplog.at_level(logging.DEBUG, logger="moefy"):
+        moefy.transform(gm, E, example_args=(x,))
+    (record,) = moefy.report(gm).passes
+    assert issubclass(FFNToMoE, passes.Pass) and FFNToMoE.stage == "capture"
+    assert (record.name, record.matched, record.preserving) == ("ffn_to_moe", 2, True)
+    assert (record.nodes_before, record.nodes_after) == (before, len(gm.graph.nodes))
+    assert any("ffn_to_moe: 2 matched" in r.getMessage() for r in caplog.records)
+    assert "ffn_to_moe" not in passes.registered_passes() and passes.history() == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,25 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import D, H, Net, parts
 from torch import Tensor, nn
 
 from moefy.passes.match import Match, match_ffns
 from moefy.passes.trace import trace_module
-
-D, H = 8, 12
-
-
-class Net(nn.Module):
-    """A forward given as a function, with parts."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def matches(model: nn.Module, *shape: int) -> list[Match]:
@@ -37,10 +23,6 @@ def only(model: nn.Module, *shape: int) -> Match:
     found = matches(model, *shape)
     assert len(found) == 1, [m.record for m in found]
     return found[0]
-
-
-def parts(bias: bool = True) -> dict[str, nn.Module]:
-    return {"a": nn.Linear(D, H, bias), "b": nn.Linear(H, D, bias), "c": nn.Linear(D, H, bias)}
 
 
 def raw() -> dict[str, nn.Parameter]:
