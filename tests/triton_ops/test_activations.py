@@ -90,6 +90,7 @@ for spelled in ("softplus", F.softplus, nn.Softplus()):
     layer = moefy.MoE(8, 16, 4, activation=spelled)
     assert layer.body.known.activation == "softplus", spelled
 
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")     # else Triton is interpreted
 torch.manual_seed(0)
 T, D, H, E, K = 40, 16, 32, 4, 2
 x = torch.randn(T, D, requires_grad=True)
