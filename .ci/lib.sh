@@ -3,6 +3,8 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+# pip compiles every module that it installs, half of its time here; Python compiles those that are imported.
+export PIP_NO_COMPILE=0 # pip reads a negative option's variable as the option without its "no": false is --no-compile
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_QUIET=1 HF_HUB_OFFLINE=1
 
 say() { printf '\n=== %s (%ss)\n' "$*" "$SECONDS"; }
