@@ -37,6 +37,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from legs import LEGS, is_long, leg_of
 
 REQUIRE_ZOO = os.environ.get("MOEFY_REQUIRE_ZOO") == "1"
@@ -45,6 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BARE_NAMES = ("passes", "triton_ops")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# The cases that .ci/matrix draws for a property before a release; ops/test_property.py takes fewer otherwise.
+settings.register_profile("long", settings.default)
 
 
 def _missing(libraries: tuple[str, ...]) -> list[str]:
