@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gc
 import importlib.util
 import random
 import sys
@@ -37,6 +38,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from legs import LEGS, is_long, leg_of
 
 REQUIRE_ZOO = os.environ.get("MOEFY_REQUIRE_ZOO") == "1"
@@ -45,6 +47,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BARE_NAMES = ("passes", "triton_ops")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# By default the collector walks all of torch and every collected test each few thousand objects, which takes a tenth
+# of the time of the tests that compile.
+gc.set_threshold(20_000, 20, 20)
+# The cases that .ci/matrix draws for a property before a release; ops/test_property.py takes fewer otherwise.
+settings.register_profile("long", settings.default)
 
 
 def _missing(libraries: tuple[str, ...]) -> list[str]:

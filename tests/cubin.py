@@ -122,19 +122,24 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
     source = kind(fn=function, signature=signature, constexprs=kernel.constexprs, attrs=attributes)
     target = GPUTarget("hip", f"gfx{arch}", 64) if arch in AMD else GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options={**launch.OPTIONS, **kernel.options})
-    usage = _amd_usage(compiled.asm["amdgcn"]) if arch in AMD else _read(compiled.asm["cubin"])
+    asm = compiled.asm
+    usage = _amd_usage(asm["amdgcn"]) if arch in AMD else _read(asm["cubin"], asm["ptx"])
     return Resources(**usage, shared=compiled.metadata.shared)
 
 
-def _read(cubin: bytes) -> dict[str, int]:
-    """Registers, stack, local memory and fused sums, read by the tools that come with Triton."""
+def _read(cubin: bytes, ptx: str) -> dict[str, int]:
+    """Registers, stack, local memory and fused sums, read by the tools that come with Triton.
+
+    Disassembling takes longer than the rest. A kernel whose PTX moves nothing between lanes has no sum to look for.
+    """
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        code = _output(knobs.nvidia.nvdisasm.path, "--print-code", file.name)
+        disassemble = (knobs.nvidia.nvdisasm.path, "--no-dataflow", "--print-code")
+        code = _output(*disassemble, file.name) if "shfl.sync.bfly" in ptx else ""
     names = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
     found = {name: int(re.findall(rf"\b{word}:(\d+)", usage)[0]) for name, word in names.items()}
     return {**found, "fused": _fused_sums(code)}
