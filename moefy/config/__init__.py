@@ -12,7 +12,7 @@ from moefy.config.aux_loss import AUX_DELIVERIES, AUX_SCOPES, AuxLoss
 from moefy.config.capacity import DROP_POLICIES, SLOT_ORDERS, Capacity
 from moefy.config.capacity_rules import CAPACITY_RULES, CapacityRule
 from moefy.config.moe_config import MAX_EXPERTS, SCHEMA_VERSION, MoEConfig
-from moefy.config.router_spec import ONE_EXPERT_ROUTERS, RouterSpec, default_top_k, router_name
+from moefy.config.router_spec import USUAL_TOP_K, RouterSpec, default_top_k, router_name
 
 __all__ = [
     "AUX_DELIVERIES",
@@ -20,9 +20,9 @@ __all__ = [
     "CAPACITY_RULES",
     "DROP_POLICIES",
     "MAX_EXPERTS",
-    "ONE_EXPERT_ROUTERS",
     "SCHEMA_VERSION",
     "SLOT_ORDERS",
+    "USUAL_TOP_K",
     "AuxLoss",
     "Capacity",
     "CapacityRule",

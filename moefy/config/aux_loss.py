@@ -9,28 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from moefy.config.declared import BALANCE, known
 from moefy.config.fields import from_fields, is_finite, is_int
 from moefy.errors import ConfigError, suggest
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BalanceFacts:
-    """What options have to know of a balance loss.
-
-    Attributes:
-        counted: whether it counts slots, and so has a global-batch scope.
-        after_drops: whether it reads the experts after capacity dropped slots (``Routing.top_k_index``), not the
-            router's choice.
-    """
-
-    counted: bool = True
-    after_drops: bool = False
-
-
-BALANCE: dict[str, BalanceFacts] = {}
-"""The balance losses by name. Each is declared beside its formula, in ``moefy.nn.losses``, so that its name is written
-once. Whoever takes ``AuxLoss`` from ``moefy`` has them; before that module is imported any name passes here, and a
-layer refuses it."""
 AUX_SCOPES = ("micro_batch", "sequence", "global_batch")
 AUX_DELIVERIES = ("auto", "by_hand")
 
@@ -65,14 +47,12 @@ class AuxLoss:
             value = getattr(self, name)
             if not is_finite(value) or value < 0:
                 raise ConfigError(f"aux_loss.{name}", got=value, expected="a finite number >= 0")
-        if BALANCE or not isinstance(self.balance, str):
-            check_balance(self.balance)
-        for name, known in (("scope", AUX_SCOPES), ("delivery", AUX_DELIVERIES)):
-            _check_name(f"aux_loss.{name}", getattr(self, name), known)
+        check_balance(self.balance)
+        for name, names in (("scope", AUX_SCOPES), ("delivery", AUX_DELIVERIES)):
+            _check_name(f"aux_loss.{name}", getattr(self, name), names)
         if not is_int(self.batch_dim, 0):
             raise ConfigError("aux_loss.batch_dim", got=self.batch_dim, expected="an int >= 0")
-        facts = BALANCE.get(self.balance, BalanceFacts())
-        if not facts.counted and self.scope == "global_batch":
+        if not BALANCE[self.balance].counted and self.scope == "global_batch":
             expected = f'"micro_batch" or "sequence": {self.balance} counts no slots to sum over ranks'
             raise ConfigError("aux_loss.scope", got=self.scope, expected=expected)
 
@@ -83,7 +63,7 @@ class AuxLoss:
         Raises:
             ConfigError: for anything else, and for a balance loss that does not exist.
         """
-        if isinstance(aux_loss, AuxLoss) and BALANCE:  # which may be older than the names
+        if isinstance(aux_loss, AuxLoss):  # a pickle may name a loss that this process has not registered
             check_balance(aux_loss.balance)
         if aux_loss is None or isinstance(aux_loss, AuxLoss):
             return aux_loss
@@ -103,7 +83,7 @@ class AuxLoss:
 
 def check_balance(name: Any) -> None:
     """Raise ``ConfigError`` for a balance loss that does not exist."""
-    _check_name("aux_loss.balance", name, tuple(BALANCE))
+    _check_name("aux_loss.balance", name, tuple(known(BALANCE)))
 
 
 def _check_name(option: str, value: Any, known: tuple[str, ...]) -> None:

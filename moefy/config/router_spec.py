@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moefy.config.declared import DEFAULT_TOP_K, known
 from moefy.errors import ConfigError
 
 
@@ -96,14 +97,17 @@ def _from_plain(value: Any) -> Any:
     return RouterSpec.from_dict(value) if isinstance(value, dict) else value
 
 
-ONE_EXPERT_ROUTERS = ("switch", "hash")
-"""Routers whose papers send each token to one expert, which is then the default."""
+USUAL_TOP_K = 2
+"""K of a router that says nothing about it: Mixtral's, and GShard's."""
 
 
 def default_top_k(router: Any, num_experts: int) -> int:
     """K where nobody names one: what the router is defined for, else 2; at most E."""
     name = router.name if isinstance(router, RouterSpec) else router
-    usual = 1 if name in ONE_EXPERT_ROUTERS else getattr(router, "only_top_k", None) or 2
+    if isinstance(name, str):
+        usual = known(DEFAULT_TOP_K).get(name, USUAL_TOP_K)
+    else:
+        usual = getattr(router, "only_top_k", None) or USUAL_TOP_K
     return max(1, min(usual, num_experts))
 
 

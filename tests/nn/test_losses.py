@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from moefy.config import AuxLoss
-from moefy.config.aux_loss import BALANCE
+from moefy.config.declared import BALANCE
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import MoE, losses
 from moefy.nn.losses import BALANCE_LOSSES, GlobalCounts, per_sequence

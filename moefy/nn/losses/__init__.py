@@ -3,9 +3,9 @@
 balance, variation, z     formulas        registry   their names        counting, scopes   what they count over
 gradients                 hand-written gradients of two of them
 layer                     a layer's loss  delivery   into the model's own backward
+outputs                   where a model's output has its loss
 """
 
-from moefy.config import AuxLoss
 from moefy.nn.losses.balance import fastmoe_gshard, fastmoe_switch, gshard, mixtral, switch
 from moefy.nn.losses.counting import Assignment, Reduce, assignment_totals
 from moefy.nn.losses.registry import BALANCE_LOSSES, BalanceLoss, balance_loss, balance_loss_of
@@ -20,10 +20,12 @@ from moefy.nn.losses.variation import (
 )
 from moefy.nn.losses.z import z_loss
 
+load = smooth_load
+"""The loss's name in Shazeer et al. 2017."""
+
 __all__ = [
     "BALANCE_LOSSES",
     "Assignment",
-    "AuxLoss",
     "BalanceLoss",
     "GlobalCounts",
     "Reduce",
@@ -35,6 +37,7 @@ __all__ = [
     "fastmoe_switch",
     "gshard",
     "importance",
+    "load",
     "load_importance",
     "mixtral",
     "per_sequence",

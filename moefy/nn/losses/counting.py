@@ -21,7 +21,7 @@ Reduce = Callable[[Tensor], Tensor]
 """Maps the totals of these tokens to those of a wider scope; see ``assignment_totals``."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Assignment:
     """Which experts the tokens were assigned to.
 

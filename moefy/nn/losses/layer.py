@@ -48,7 +48,7 @@ from torch import Tensor
 
 from moefy import ops
 from moefy.config import AuxLoss
-from moefy.config.aux_loss import BALANCE
+from moefy.config.declared import BALANCE
 from moefy.nn import losses
 from moefy.nn.counters import LoadCounter
 from moefy.nn.execution import assign
@@ -139,7 +139,7 @@ def layer_loss(
     """
     choice = routing.choice
     scores_TE = choice.all_scores() if aux.weight else None
-    balance = None if scores_TE is None else balance_loss(aux, routing, scores_TE, num_experts, group)
+    balance = None if scores_TE is None else balance_term(aux, routing, scores_TE, num_experts, group)
     z_loss = None
     if aux.z_weight:
         softmax_TE = scores_TE if choice.scores is None else None
@@ -161,7 +161,7 @@ def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor | None:
     return total
 
 
-def balance_loss(
+def balance_term(
     aux: AuxLoss, routing: Routing, scores_TE: Tensor, num_experts: int, group: Any = None
 ) -> Tensor:
     """The balance loss of ``aux`` over its scope, without its weight; ``scores_TE`` are the choice's."""

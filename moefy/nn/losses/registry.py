@@ -1,7 +1,7 @@
 """The registry of balance losses, and the one place where their signature is written.
 
-A balance loss is a formula of the scores and the ``Assignment``. ``@balance_loss`` names it and makes the function
-that callers see. Its facts go to ``moefy.config``, where ``AuxLoss`` refuses a name that does not exist.
+A balance loss is a formula of the scores and the ``Assignment``. ``@balance_loss`` names the formula and makes the
+function that callers see. The facts go to ``moefy.config``, where ``AuxLoss`` refuses a name that does not exist.
 
     >>> @balance_loss("twice_switch")
     ... def twice_switch(scores_TE, slots):
@@ -20,13 +20,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from moefy.config.aux_loss import BALANCE, BalanceFacts, check_balance
+from moefy.config.aux_loss import check_balance
+from moefy.config.declared import BALANCE, BalanceFacts
+from moefy.errors import ConfigError
 from moefy.nn.losses.counting import Assignment, Reduce
 
 
 class BalanceLoss(Protocol):
-    """A balance loss as callers see it. ``formula`` is what it computes of an ``Assignment``."""
+    """A balance loss as callers see it. ``formula`` takes the scores and an ``Assignment`` in the place of the rest."""
 
+    __qualname__: str
     formula: Callable[..., Tensor]
 
     def __call__(
@@ -54,6 +57,9 @@ class BalanceLoss(Protocol):
 
         Returns:
             ``[...]``, one number per batch, in fp32; fp64 for fp64 scores.
+
+        Raises:
+            ConfigError: for a ``reduce`` where the loss counts no slots.
         """
         ...
 
@@ -68,12 +74,21 @@ def balance_loss(
     """Decorator: register a formula ``(scores_TE, slots, **options) -> [...]`` under ``names``.
 
     Args:
-        names: what ``AuxLoss(balance=...)`` calls it.
-        counted: whether it counts slots, and so takes ``reduce`` and has a global-batch scope.
-        after_drops: whether it reads the experts after capacity dropped slots, not the router's choice.
+        names: the loss's names in ``AuxLoss(balance=...)``.
+        counted: whether the loss counts slots, and so takes ``reduce`` and has a global-batch scope.
+        after_drops: whether the loss reads the experts after capacity dropped slots, not the router's choice.
+
+    Raises:
+        ConfigError: when another loss has one of the names. Defining the same formula again replaces it.
     """
 
     def register(formula: Callable[..., Tensor]) -> BalanceLoss:
+        for name in names:
+            known = BALANCE_LOSSES.get(name, formula)
+            if (known.__module__, known.__qualname__) != (formula.__module__, formula.__qualname__):
+                expected = f"a name that {known.__qualname__} does not have"
+                raise ConfigError("aux_loss.balance", got=name, expected=expected)
+
         @functools.wraps(formula)
         def loss(
             scores_TE: Tensor,
@@ -85,9 +100,14 @@ def balance_loss(
             offsets_E: Tensor | None = None,
             **options: Any,
         ) -> Tensor:
+            if reduce is not None and not counted:
+                others = sorted(name for name, facts in BALANCE.items() if facts.counted)
+                expected = f"None: {formula.__name__} counts no slots; {others} do"
+                raise ConfigError("reduce", got=reduce, expected=expected)
             slots = Assignment(index_TK, num_experts, mask_T, reduce, offsets_E)
             return formula(scores_TE, slots, **options)
 
+        del loss.__wrapped__  # inspect and help() would show the formula's arguments
         loss.formula = formula  # type: ignore[attr-defined]
         for name in names:
             BALANCE_LOSSES[name] = loss  # type: ignore[assignment]

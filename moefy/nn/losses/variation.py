@@ -30,13 +30,9 @@ def importance(scores_TE: Tensor, slots: Assignment) -> Tensor:
     """``CV^2`` of the experts' summed scores: 0 for a uniform router, E when all goes to one expert with certainty.
 
     V-MoE (Riquelme et al. 2021, appendix A) and Tutel take the softmax over all experts; Shazeer et al. 2017
-    (equation 6) the sparse gates, for which there is ``sparse_importance``. The slots are not read.
-
-    Raises:
-        ConfigError: for a ``reduce``: no slots are counted, so there is no global-batch scope.
+    (equation 6) the sparse gates, for which there is ``sparse_importance``. No slots are counted, so there is no
+    global-batch scope.
     """
-    if slots.reduce is not None:
-        raise ConfigError("reduce", got=slots.reduce, expected="None: importance counts no slots")
     return cv_squared(sum_scores(scores_TE, slots.mask_T))
 
 

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from moefy import ops
-from moefy.config import AuxLoss, Capacity
+from moefy.config import USUAL_TOP_K, AuxLoss, Capacity
+from moefy.config.declared import DEFAULT_TOP_K
 from moefy.config.fields import is_finite, is_int, positive_int
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn.checked import check_scores
@@ -65,8 +66,12 @@ ROUTERS: dict[str, type[Router]] = {}
 RouterClass = TypeVar("RouterClass", bound="type[Router]")
 
 
-def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
+def register_router(name: str, *, default_top_k: int | None = None) -> Callable[[RouterClass], RouterClass]:
     """Class decorator: ``router=name`` makes a router of this class.
+
+    Args:
+        name: the router's name.
+        default_top_k: K where nobody names one; by default ``only_top_k``, else 2.
 
     Raises:
         ConfigError: when another class has the name already. Defining the same class again replaces it.
@@ -77,6 +82,7 @@ def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError("router", got=name, expected=f"a name that {known.__qualname__} does not have")
         ROUTERS[name] = cls
+        DEFAULT_TOP_K[name] = default_top_k or cls.only_top_k or USUAL_TOP_K
         return cls
 
     return register

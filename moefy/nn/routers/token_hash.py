@@ -45,7 +45,7 @@ def positions(leading: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.arange(own, device=device).expand(leading[0], own).reshape(-1)
 
 
-@register_router("hash")
+@register_router("hash", default_top_k=1)
 class HashRouter(Router):
     """Random hash routing.
 
