@@ -1,9 +1,9 @@
-"""How evenly experts are used: one small language model, upcycled nine times, each time balanced differently.
+"""How evenly experts are used: one small language model, upcycled once per balance method.
 
-A dense byte-level transformer is trained a little; copies of it become Mixtures-of-Experts and train 300 steps more, in
-a loop that knows nothing of experts: ``moefy.transform`` brings the balance method along. The table is about the last
-50 steps and the worst layer. max/mean is the busiest expert's load by the mean: 1 is balanced, E/K is all to the same.
-A capacity alone balances nothing: it cuts the peaks by dropping tokens. ``--plot`` draws curves and heat maps.
+A dense byte-level transformer is trained a little. Copies of it become Mixtures-of-Experts and train 300 steps more, in
+a loop that knows nothing of experts: ``moefy.transform`` brings the balance method along. The table covers the last 50
+steps and the worst layer. max/mean is the busiest expert's load over the mean: 1 is balanced, E/K has all tokens at the
+same experts. A capacity alone balances nothing: it cuts the peaks by dropping tokens. ``--plot`` draws the loads.
 
     python examples/balance_methods.py --seeds 0 1 2 --plot loads
 """
@@ -29,7 +29,7 @@ CUT = len(TEXT) * 9 // 10
 WIDTH, LAYERS, CONTEXT, BATCH, EXPERTS = 64, 2, 64, 16, 8
 BOUND, LAST, MAX = 1.5, 50, "max_over_mean"
 
-# 300 steps need a firm hand: the papers' 0.01 and 0.001 are for many thousands.
+# 300 steps need larger values than the papers' 0.01 and 0.001, which are for many thousands of steps.
 WEIGHT, RATE = 0.02, 0.003
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -67,7 +67,7 @@ def loss_of(model: nn.Module, starts: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, steps: int) -> Iterator[float]:
-    """The loop, for the dense model and the others; yields the loss of each step."""
+    """The training loop of all models; yields the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
         loss = loss_of(model, torch.randint(CUT - CONTEXT, (BATCH,)))
@@ -78,12 +78,12 @@ def train(model: nn.Module, steps: int) -> Iterator[float]:
 
 
 def worst(load: LoadReport, metric: str) -> float:
-    """The largest over the layers."""
+    """The largest value of a measure over the layers."""
     return max(layer.metrics()[metric] for layer in load.layers)
 
 
 def run(name: str, dense: nn.Module, seed: int, steps: int) -> tuple[LoadHistory, LoadReport]:
-    """Upcycle a copy, train it, print its row; the load over all steps, and over the last ones."""
+    """Upcycle a copy, train it and print its row. Returns the load over all steps, and that of the last steps."""
     torch.manual_seed(seed)
     options = {"num_experts": EXPERTS, "expert_noise": 0.02, "seed": seed, **METHODS[name]}
     model = moefy.transform(copy.deepcopy(dense), example_args=(TEXT[None, :CONTEXT],), **options)
@@ -102,7 +102,7 @@ def run(name: str, dense: nn.Module, seed: int, steps: int) -> tuple[LoadHistory
 
 
 def compare(seed: int, dense_steps: int, steps: int) -> dict[str, tuple[LoadHistory, LoadReport]]:
-    """All methods from one dense model: a table."""
+    """Print a table of all methods, from one dense model."""
     torch.manual_seed(seed)
     dense = LanguageModel()
     *_, loss = train(dense, dense_steps)
@@ -128,7 +128,7 @@ def plot(histories: dict[str, LoadHistory], folder: Path) -> None:
 
 
 def main() -> None:
-    """A table per seed."""
+    """Print one table per seed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the loads; needs matplotlib")

@@ -1,9 +1,8 @@
 """Two Hugging Face models from their configs: a Llama that generates, a BERT that trains a step.
 
-They are the two ways a model can be written. Llama's ``mlp`` modules are whole feed-forward
-networks, so each becomes a ``moefy.MoE``. BERT splits its FFN over two sibling modules with the
-residual and the norm between them, so its linears are swapped in place and the rows between carry
-their routing.
+They show the two forms that a rewrite takes. Llama's ``mlp`` modules are whole feed-forward
+networks, so each becomes a ``moefy.MoE``. BERT splits its FFN over two sibling modules, so its
+linears are swapped in place, and the rows between them carry their routing.
 
     python examples/hf_llama_bert.py
 """
@@ -49,7 +48,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def llama() -> None:
-    """Greedy generation says the same words before and after, and again after undo."""
+    """Greedy generation gives the same tokens before ``transform``, after it, and after ``undo``."""
     model = build_llama()
     prompt = torch.randint(3, 512, (2, 12))
     settings = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
@@ -67,7 +66,7 @@ def llama() -> None:
 
 
 def bert() -> None:
-    """A padded batch gives the same logits; then one masked-language step reaches every expert."""
+    """A padded batch gives the same logits; one masked-language step then reaches every expert."""
     model = build_bert()
     ids = torch.randint(5, 512, (4, 24))
     mask = (torch.arange(24) < torch.tensor([24, 17, 9, 24])[:, None]).long()

@@ -1,9 +1,9 @@
 """An image classifier becomes a Mixture-of-Experts: a small ViT over generated pictures of ten shapes.
 
-Ten classes in 24x24 colour pictures: one shape of random place, size and colour before a random
-background, with noise, so that a linear model stays near chance. A dense ViT is trained, a copy of it upcycled with a
-balance loss (and a little noise on the experts), and both train on equally long in the same loop. 200 steps show that
-the MoE learns as the dense model does; which of the two is ahead by then depends on the seed.
+Each 24x24 colour picture has one of ten shapes, at a random place, size and colour, before a random background with
+noise, so that a linear model stays near chance. A dense ViT is trained, and a copy of it is upcycled with a balance
+loss and a little noise on the experts. Both then train equally long in the same loop. 200 steps show that the MoE
+learns as the dense model does; which of the two is ahead by then depends on the seed.
 
     python examples/image_classifier.py
 """
@@ -23,7 +23,7 @@ SIZE, WIDTH, LAYERS, CLASSES, BATCH = 24, 48, 3, 10, 64
 
 
 def shapes(u: Tensor, v: Tensor) -> Tensor:
-    """``[N, 10, S, S]`` bool: all ten shapes, ``u`` and ``v`` being coordinates in units of their size."""
+    """``[N, 10, S, S]`` bool: the inside of all ten shapes. ``u`` and ``v`` are coordinates in units of their size."""
     a, b = u.abs(), v.abs()
     longer, shorter, radius = torch.maximum(a, b), torch.minimum(a, b), (u * u + v * v).sqrt()
     return torch.stack(
@@ -44,7 +44,7 @@ def shapes(u: Tensor, v: Tensor) -> Tensor:
 
 
 def pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``([count, 3, S, S] in about -1 to 1, [count] classes)``."""
+    """Draw ``count`` pictures ``[count, 3, S, S]``, with values of about -1 to 1, and their classes ``[count]``."""
     label = torch.randint(CLASSES, (count,), generator=generator)
     left, top, size = torch.rand(3, count, 1, 1, generator=generator)
     axis = torch.linspace(-1, 1, SIZE)
@@ -59,7 +59,7 @@ def pictures(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 class ViT(nn.Module):
-    """Pictures ``[N, 3, S, S]`` to logits ``[N, 10]``: two convolutions, PyTorch's encoder, the mean."""
+    """Pictures ``[N, 3, S, S]`` to logits ``[N, 10]``: two convolutions, PyTorch's encoder, the mean of tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ def train(model: nn.Module, steps: int, seed: int) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """The share of 2000 unseen pictures that is classified right."""
+    """The share of 2000 unseen pictures that the model classifies right."""
     x, label = pictures(2000, torch.Generator().manual_seed(1 << 20))
     return (model.eval()(x).argmax(1) == label).float().mean().item()
 
 
 def main() -> None:
-    """A linear model, the dense ViT, the MoE."""
+    """Train and compare a linear model, the dense ViT and the MoE."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     quick = parser.parse_args().quick

@@ -1,8 +1,8 @@
 """Megatron-core's own MLP on one CPU rank, rewritten in place.
 
-Its linears are ``ColumnParallelLinear`` and ``RowParallelLinear``, which answer ``(output, bias)``
-and compute inside an ``autograd.Function``; the MLP as a whole is a feed-forward network, so it
-becomes one ``moefy.MoE`` that answers ``(output, None)``, the bias being the experts'.
+Its linears are ``ColumnParallelLinear`` and ``RowParallelLinear``, which return ``(output, bias)``
+and compute inside an ``autograd.Function``. The MLP as a whole is a feed-forward network, so it
+becomes one ``moefy.MoE`` that returns ``(output, None)``: the experts add the bias.
 Needs ``pip install --no-deps megatron-core``.
 
     python examples/megatron_mlp.py

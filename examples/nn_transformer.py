@@ -1,7 +1,7 @@
 """``nn.TransformerEncoder`` as a Mixture-of-Experts: padding, training, and ``torch.compile``.
 
 PyTorch's encoder has a fused path for inference that reads the dense weights, and nested tensors
-for padded batches. ``moefy.transform`` switches both off on the layers it rewrites and
+for padded batches. ``moefy.transform`` switches both off on the layers that it rewrites, and
 ``moefy.undo`` switches them on again.
 
     python examples/nn_transformer.py
@@ -27,7 +27,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def main() -> None:
-    """Exact under a padding mask, then trained compiled."""
+    """Compare with the dense encoder under a padding mask, then train the compiled model."""
     torch.manual_seed(0)
     model = build_encoder()
     x = torch.randn(4, 20, 64)

@@ -18,7 +18,7 @@ TEXT = Path(__file__).with_name("sonnets.txt").read_bytes()
 
 
 def build_llama() -> LlamaForCausalLM:
-    """A byte-level Llama of the usual shape, small enough for a laptop."""
+    """A byte-level Llama with random weights, small enough for a laptop."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=256,

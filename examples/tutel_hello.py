@@ -1,9 +1,9 @@
-"""Tutel's hello world on ``moefy.compat.tutel``, beside it the same layer as a ``moefy.MoE``; then the switch sweep.
+"""Tutel's hello world on ``moefy.compat.tutel``, the same layer as a ``moefy.MoE`` beside it, and the switch sweep.
 
-The first table trains both from the same weights: their losses agree at each step. The second is Tutel's
-``helloworld_switch``: settings that one layer takes per call, swept. Tutel sweeps adaptive r and the overlap degree,
-which lay experts out over ranks; in one process top-k, the capacity factor, the router and batch priority are left. A
-factor of 0 gives every expert what it needs; a negative one caps that.
+The first table trains both layers from the same weights: their losses agree at each step. The second is Tutel's
+``helloworld_switch``, a sweep over settings that one layer takes per call. Tutel also sweeps adaptive r and the overlap
+degree, which lay experts out over ranks. One process leaves top-k, the capacity factor, the router and batch priority.
+A factor of 0 gives every expert the seats that it needs; a negative factor caps these seats.
 
     python examples/tutel_hello.py
 """
@@ -45,7 +45,7 @@ class TutelHello(nn.Module):
 
 
 class MoefyHello(nn.Module):
-    """The same layer in moefy's words. The auxiliary loss comes by itself, since the forward returns a loss."""
+    """The same layer with moefy's names. The forward returns a loss, to which moefy adds the auxiliary loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class MoefyHello(nn.Module):
 
 
 def token_loss(y: Tensor, label: Tensor) -> Tensor:
-    """Hello world's loss: each sequence names one of its own tokens, by the sum of its features."""
+    """The loss of Tutel's hello world: a token's logit, within its sequence, is the sum of its features."""
     return F.cross_entropy(y.sum(dim=2), label)
 
 
@@ -82,7 +82,7 @@ def ported(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hello(steps: int) -> None:
-    """Both from the same weights on the same data."""
+    """Train both layers from the same weights on the same data."""
     tutel, native = TutelHello(), MoefyHello()
     native.moe.load_state_dict(ported(tutel.moe.state_dict()))
     x, label = torch.randn(BATCH, TOKENS, WIDTH), torch.randint(TOKENS, (BATCH,))
@@ -103,7 +103,7 @@ def hello(steps: int) -> None:
 
 
 def measure(layer: moefy.MoE, x: Tensor, label: Tensor, steps: int, **options: Any) -> tuple[float, float]:
-    """``(loss of the last step, ms a step)``."""
+    """``(loss of the last step, milliseconds per step)``."""
     optimizer = torch.optim.SGD(layer.parameters(), lr=LR)
     began, loss = time.perf_counter(), x.new_zeros(())
     for _ in range(steps):
@@ -115,7 +115,7 @@ def measure(layer: moefy.MoE, x: Tensor, label: Tensor, steps: int, **options: A
 
 
 def switch(steps: int) -> None:
-    """Every setting from the same weights. All but batch priority are arguments of the call."""
+    """Train every setting from the same weights. All settings but batch priority are arguments of the call."""
     routers = ["tutel_top", "cosine"]
     x, label = torch.randn(BATCH, TOKENS, WIDTH), torch.randint(TOKENS, (BATCH,))
     print("\nadaptive r and the overlap degree belong to expert parallelism; in one process there are:")
@@ -136,7 +136,7 @@ def switch(steps: int) -> None:
 
 
 def main() -> None:
-    """Hello world, then the sweep."""
+    """Run hello world, then the sweep."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     quick = parser.parse_args().quick

@@ -2,8 +2,8 @@
 
 The model is plain PyTorch in GPT-2's shape (pre-norm, learned positions, gelu MLP of four times the
 width), over the bytes of the text beside this file. Copied experts start exactly at the dense
-model's loss; here ``expert_noise=0.02`` moves experts 1 to 3 a little away from it, so that the
-router has something to choose between from the first step on.
+model's loss. Here ``expert_noise=0.02`` adds a little noise to experts 1 to 3, so that the router
+has a gradient from the first step on.
 
     python examples/upcycle_gpt.py
 """
@@ -93,12 +93,12 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module) -> float:
-    """The loss over all of the text that training does not see."""
+    """The loss over the text that training does not see."""
     return loss_of(model, windows(HELD_OUT, torch.arange(0, len(HELD_OUT) - CONTEXT, 8))).item()
 
 
 def train(model: nn.Module, steps: int, stop_below: float = 0.0) -> int:
-    """Trains with AdamW; the number of steps taken. Looks at the held-out loss every 20 steps."""
+    """Train with AdamW until the held-out loss, read every 20 steps, is low enough. Returns the steps taken."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(1, steps + 1):
         loss = loss_of(model, windows(TRAIN, torch.randint(len(TRAIN) - CONTEXT, (BATCH,))))
@@ -114,7 +114,7 @@ def train(model: nn.Module, steps: int, stop_below: float = 0.0) -> int:
 
 
 def main() -> None:
-    """Dense, upcycle, train on."""
+    """Train the dense model, upcycle it, train the MoE."""
     torch.manual_seed(0)
     model = GPT()
     print("dense")

@@ -1,6 +1,6 @@
 """Vision Transformers from timm and torchvision as Mixture-of-Experts.
 
-Needs both libraries; no weights are downloaded. Neither needs example inputs: moefy derives the
+Needs both libraries; no weights are downloaded. No example inputs are needed: moefy derives the
 image size from what the model tells about itself.
 
     python examples/vit.py
@@ -36,7 +36,7 @@ def build_models() -> dict[str, nn.Module]:
 
 
 def upcycle(name: str, model: nn.Module) -> None:
-    """Transforms one model, compares, takes one training step."""
+    """Transform one model, compare it with the dense one, take one training step."""
     images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         dense = model.eval()(images)
@@ -57,7 +57,7 @@ def upcycle(name: str, model: nn.Module) -> None:
 
 
 def main() -> None:
-    """Each library's model in turn."""
+    """Take each library's model in turn."""
     torch.manual_seed(0)
     for name, model in build_models().items():
         upcycle(name, model)

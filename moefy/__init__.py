@@ -26,7 +26,7 @@ _PUBLIC = {
     "MoEConfig": "moefy.config",
     "RouterSpec": "moefy.config",
     "Capacity": "moefy.config",
-    "AuxLoss": "moefy.config",
+    "AuxLoss": "moefy.nn.losses",
     "aux_loss": "moefy.nn.losses.delivery",
     "deliver_aux_loss": "moefy.nn.losses.delivery",
     "loss_scale": "moefy.nn.losses.delivery",
@@ -68,9 +68,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moefy import errors
-    from moefy.config import AuxLoss, Capacity, MoEConfig, RouterSpec
+    from moefy.config import Capacity, MoEConfig, RouterSpec
     from moefy.nn import MoE
     from moefy.nn.checked import checked_mode
+    from moefy.nn.losses import AuxLoss
     from moefy.nn.losses.delivery import aux_loss, deliver_aux_loss, loss_scale
     from moefy.records import FFNMatch, LayerRecord, PassRecord
     from moefy.reports.expert_load import LoadReport, expert_load

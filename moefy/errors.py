@@ -69,14 +69,14 @@ class NotTransformed(MoefyError, ValueError):
 
 
 class NoMoELayer(MoefyError, ValueError):
-    """The load was asked of a model without a Mixture-of-Experts layer."""
+    """``expert_load`` was called on a model without a Mixture-of-Experts layer."""
 
     def __init__(self, model: str) -> None:
         super().__init__(f"{model} holds no Mixture-of-Experts layer; call moefy.transform(model) first")
 
 
 class ExpertsDiverged(MoefyError, ValueError):
-    """``undo`` cannot pick an expert by itself: they were trained and no longer agree."""
+    """``undo`` cannot choose an expert: training changed expert 0, and none was named."""
 
     def __init__(self, fqn: str, num_experts: int) -> None:
         super().__init__(
@@ -107,7 +107,7 @@ class ModelForwardError(MoefyError, RuntimeError):
 
 
 class NameClash(MoefyError, ValueError):
-    """A parameter that moefy has to add already exists under that name."""
+    """A parameter that moefy has to add has a name that is taken."""
 
     def __init__(self, fqn: str, name: str, *, layer: str | None = None) -> None:
         super().__init__(
@@ -129,11 +129,11 @@ class CheckFailed(MoefyError, RuntimeError):
 
 
 class RoutingError(MoefyError, RuntimeError):
-    """Rows with a routing met something they cannot be combined with, or lost their routing."""
+    """Rows between entry and exit met a tensor that they cannot be combined with, or lost their routing."""
 
 
 class NonFiniteScores(MoefyError, ValueError):
-    """In ``moefy.checked_mode()``: a router's scores hold NaN or infinity. ``tokens`` are the rows that have them."""
+    """In ``moefy.checked_mode()``, a router's scores hold NaN or infinity. ``tokens`` are the affected rows."""
 
     def __init__(self, fqn: str, *, tokens: Sequence[int], total: int) -> None:
         self.tokens = list(tokens)
@@ -161,7 +161,7 @@ class BackendError(MoefyError, RuntimeError):
 
 
 class ParallelismNeeded(MoefyError, NotImplementedError):
-    """A layer of ``moefy.compat`` was asked to spread over several processes, which it does not do itself."""
+    """A layer of ``moefy.compat`` was asked to spread over several processes, which it cannot do."""
 
     def __init__(self, what: str, size: int) -> None:
         super().__init__(
@@ -171,11 +171,11 @@ class ParallelismNeeded(MoefyError, NotImplementedError):
 
 
 class UsageError(MoefyError, ValueError):
-    """A command line that cannot be understood."""
+    """A command line that moefy cannot act on."""
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of ``known``, or the list of what exists."""
+    """``"; did you mean 'x'?"`` with the nearest of ``known``, or the known names when none is near."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"

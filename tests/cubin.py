@@ -106,7 +106,7 @@ def compile_kernel(kernel: Kernel, arch: int) -> Resources:
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from moefy.triton_ops import launch
+    from moefy.triton_ops.shared import launch
 
     module, attribute = kernel.name.split(":")
     function = getattr(importlib.import_module(module), attribute).jitted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from moefy.triton_ops.launch import kernel
+from moefy.triton_ops.shared.launch import kernel
 
 
 @kernel

@@ -1,11 +1,12 @@
 """The README says what is true: its Python runs, its report is the one that moefy prints, its commands are CI's.
 
 The report shown in the README is printed again here and compared word for word; only measured numbers (errors) may
-differ between machines.
+differ between machines. The files and the names of moefy that any of our pages mentions exist.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 import shlex
@@ -24,6 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MAX_LINES = 250
 MEASURED = re.compile(r"\d\.?\d*e[-+]\d+")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/migration.md", "triton_ops/README.md")
+PATH = re.compile(r"(?<![\w/.~])(?:\.ci|moefy|passes|triton_ops|examples|tests)/[\w./-]*<?")
+NAME = re.compile(r"\bmoefy(?:\.[a-zA-Z_]\w*)+")
+ANNOUNCED = {"moefy.parallelize"}  # the migration guide names what comes next
 
 
 def blocks(language: str) -> list[str]:
@@ -138,6 +143,49 @@ def test_the_shown_report_is_what_moefy_prints(
 def test_set_up_commands_are_found(name: str) -> None:
     command = runpy.run_path(str(ROOT / ".ci" / "readme_command.py"))["command"](README, name)
     assert command.startswith("python3 -m venv") and "pip install" in command
+
+
+def missing_files(text: str) -> list[str]:
+    """Paths of the repository in ``text`` that do not exist; of ``passes/<name>.py`` the folder is looked for."""
+    named = {
+        path.rpartition("/")[0] if path.endswith("<") else path.rstrip(".") for path in PATH.findall(text)
+    }
+    return sorted(path for path in named if not (ROOT / path).exists())
+
+
+def missing_names(text: str) -> list[str]:
+    """Dotted names of moefy in ``text`` that lead nowhere."""
+    return sorted(name for name in set(NAME.findall(text)) - ANNOUNCED if not exists(name))
+
+
+def exists(name: str) -> bool:
+    """Whether ``moefy.a.b`` is a module, or something in one."""
+    at, known = moefy, "moefy"
+    for part in name.split(".")[1:]:
+        known += f".{part}"
+        try:
+            at = getattr(at, part) if hasattr(at, part) else importlib.import_module(known)
+        except ImportError:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    assert missing_files((ROOT / page).read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_that_a_page_uses_exists(page: str) -> None:
+    assert missing_names((ROOT / page).read_text()) == []
+
+
+def test_what_is_missing_is_seen() -> None:
+    text = (
+        "`passes/trace/`, passes/gone.py. moefy/<name>.py tests/gone/<name>.py; moefy.nn.MoE, moefy.nn.gone.f"
+    )
+    assert missing_files(text) == ["passes/gone.py", "tests/gone"]
+    assert missing_names(text) == ["moefy.nn.gone.f"]
 
 
 def test_ci_runs_the_readmes_commands() -> None:

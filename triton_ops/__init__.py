@@ -4,10 +4,10 @@ Contract: rows sorted by expert plus ``offsets`` on the device, where ``offsets[
 ``e``. Launchers take and return tensors, allocate with ``torch.empty`` and never wait for the device; no float atomics,
 so results are bit-repeatable. This package imports torch and triton and nothing of moefy; ``moefy.ops`` picks it.
 
-    activations, blocks, launch, tiles     what kernels share: functions, tile sizes, the schedule of tiles
+    shared/                                launching, tile sizes, the schedule of tiles, activations
     top_k, sort                            from router logits to sorted rows
     entry, linear, hidden_grad,
     weight_grad, gather_sum                the products of an FFN and their gradients
-    hopper                                 four of them for Hopper cards, in Gluon
+    hopper/                                four of them for Hopper cards, in Gluon
     expert_ffn                             the whole FFN out of these
 """

@@ -13,14 +13,16 @@ only when the backward will want them. Rows of dropped slots are zero.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import triton.language as tl
 from torch import Tensor
 
 from moefy.triton_ops import hopper
-from moefy.triton_ops.activations import activate
-from moefy.triton_ops.blocks import (
+from moefy.triton_ops.gather_sum import spread
+from moefy.triton_ops.shared.activations import device_functions
+from moefy.triton_ops.shared.blocks import (
     Blocks,
     blocks,
     cdiv,
@@ -31,75 +33,55 @@ from moefy.triton_ops.blocks import (
     precision,
     processors,
 )
-from moefy.triton_ops.gather_sum import spread
-from moefy.triton_ops.launch import jit, kernel
-from moefy.triton_ops.tiles import Schedule, count_tiles, locate, store
+from moefy.triton_ops.shared.calls import EntryCall
+from moefy.triton_ops.shared.forms import Form, anything, form_for
+from moefy.triton_ops.shared.launch import jit, kernel
+from moefy.triton_ops.shared.tiles import count_tiles, locate, store
 
 # Experts of this hidden width and more read copied rows, where these come by descriptor (H100, bf16, H=14336: 6.36 ms
 # against 5.93 + 0.10).
 COPY_TOKENS_FROM = 8192
 
+activate, _ = device_functions()
 
-def entry(
-    x_TD: Tensor,
-    order_N: Tensor,
-    top_k: int,
-    schedule: Schedule,
-    row_of_slot_N: Tensor | None,
-    w_gate: Tensor | None,
-    b_gate: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    gate_out: Tensor | None,
-    up_out: Tensor | None,
-    hidden_NH: Tensor,
-    activation: str,
-) -> None:
-    """Fill ``hidden_NH`` and, where given, ``gate_out`` and ``up_out``, all [N, H].
 
-    Args:
-        x_TD: tokens; features side by side.
-        order_N: [N] int64, the slot of each row.
-        top_k: K.
-        schedule: the tiles of the rows; its ``block_rows`` is this kernel's.
-        w_gate: [E, H, D] or None.
-        b_gate: [E, H] or None.
-        w_up: [E, H, D], of w_gate's strides.
-        b_up: [E, H] or None, of b_gate's strides.
-        gate_out: where the gate's pre-activation goes, or None.
-        up_out: where the other pre-activation goes, or None.
-        hidden_NH: the result.
-        activation: a name of ``triton_ops.activations``.
-    """
-    (rows, width), depth = hidden_NH.shape, x_TD.shape[1]
-    if not rows or not width:
-        return
-    if width < COPY_TOKENS_FROM and hopper.takes_entry(x_TD, w_gate, w_up, rows):
-        from moefy.triton_ops.hopper.entry import entry as entry_on_hopper
+def entry(call: EntryCall) -> None:
+    """Fill ``hidden_NH`` and, where given, ``gate_out`` and ``up_out``."""
+    if call.hidden_NH.numel():
+        form_for(FORMS, call).run(call)
 
-        entry_on_hopper(
-            x_TD,
-            order_N,
-            top_k,
-            schedule,
-            w_gate,
-            b_gate,
-            w_up,
-            b_up,
-            gate_out,
-            up_out,
-            hidden_NH,
-            activation,
-        )
-        return
-    glu = w_gate is not None
+
+def _takes_hopper(call: EntryCall) -> bool:
+    rows, width = call.hidden_NH.shape
+    return width < COPY_TOKENS_FROM and hopper.takes_entry(call.x_TD, call.w_gate, call.w_up, rows)
+
+
+def _run_hopper(call: EntryCall) -> None:
+    from moefy.triton_ops.hopper.entry import entry as entry_on_hopper
+
+    entry_on_hopper(call)
+
+
+def _takes_descriptors(call: EntryCall) -> bool:
+    return has_tma(call.x_TD.device) and describable(call.w_up, call.gate)
+
+
+def _run(call: EntryCall, by_descriptor: bool) -> None:
+    """Launch the Triton kernel; ``by_descriptor`` says how it reads the weights."""
+    x_TD, w_up, gate, schedule = call.x_TD, call.w_up, call.gate, call.schedule
+    b_gate, b_up, gate_out, up_out, hidden_NH = (
+        call.b_gate,
+        call.b_up,
+        call.gate_out,
+        call.up_out,
+        call.hidden_NH,
+    )
+    (rows, width), depth, glu = hidden_NH.shape, x_TD.shape[1], call.w_gate is not None
     block = blocks("glu_entry" if glu else "entry", x_TD.dtype, rows, schedule.num_experts, x_TD.device)
-    gate = w_gate if w_gate is not None else w_up
-    by_descriptor = has_tma(x_TD.device) and describable(w_up, gate)
     copy = by_descriptor and width >= COPY_TOKENS_FROM
     if copy:
         block = dataclasses.replace(block, store=True, flatten=True)
-        x_TD = spread(x_TD, row_of_slot_N, top_k)
+        x_TD = spread(x_TD, call.row_of_slot_N, call.top_k)
     pair = _pair(gate, w_up, block) if glu and by_descriptor and block.pair else None
     weights = [descriptor(w, 1, block.n, block.k) if by_descriptor else w for w in (gate, w_up)]
     if pair is not None:
@@ -112,20 +94,27 @@ def entry(
     a = descriptor(x_TD, block.m, block.k) if copy else x_TD
     bias = b_up if b_up is not None else b_gate
     _entry_kernel[(programs,)](
-        a, order_N, *weights,
+        a, call.order_N, *weights,
         b_gate if b_gate is not None else nothing, b_up if b_up is not None else nothing,
         gate_out if gate_out is not None else nothing, up_out if up_out is not None else nothing, hidden_NH, *tiles,
         schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width,
         x_TD.stride(0), w_up.stride(0), w_up.stride(1),
         gate_out.stride(0) if gate_out is not None else 0, up_out.stride(0) if up_out is not None else 0,
         hidden_NH.stride(0), bias.stride(0) if bias is not None else 0,
-        K=top_k, ACT=activation, GLU=glu, GATE_BIAS=b_gate is not None, UP_BIAS=b_up is not None,
+        K=call.top_k, ACT=call.activation, GLU=glu, GATE_BIAS=b_gate is not None, UP_BIAS=b_up is not None,
         SAVE=up_out is not None, TMA=by_descriptor, EVEN=depth % block.k == 0, PRECISION=precision(x_TD.dtype),
         M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten,
         PIECES=block.pieces, STORE=by_store, GATHER=not copy,
         PAIR=0 if pair is None else 1 if gate.data_ptr() < w_up.data_ptr() else 2,
         **block.options,
     )  # fmt: skip
+
+
+FORMS = (
+    Form("hopper", _takes_hopper, _run_hopper),
+    Form("descriptor", _takes_descriptors, functools.partial(_run, by_descriptor=True)),
+    Form("pointer", anything, functools.partial(_run, by_descriptor=False)),
+)
 
 
 def _pair(gate: Tensor, up: Tensor, block: Blocks) -> Any | None:
@@ -248,6 +237,6 @@ def _finish(
             hidden = activate(gate, ACT) * up
         else:
             hidden = activate(up, ACT)
-        # sigmoid(0) is not 0: dropped rows have no hidden value
+        # act(0) need not be 0 (sigmoid): dropped rows have no hidden value
         hidden = tl.where(real > 0, hidden, 0.0)
         store(hidden_out, hidden_tiles, hidden, row, end, column, width, stride_hidden, STORE, M, N)

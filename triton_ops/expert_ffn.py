@@ -14,13 +14,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moefy.triton_ops import hopper
-from moefy.triton_ops.blocks import blocks
 from moefy.triton_ops.entry import entry
 from moefy.triton_ops.gather_sum import gather_sum, spread
-from moefy.triton_ops.hidden_grad import hidden_grad, weights_grad
+from moefy.triton_ops.hidden_grad import hidden_grad_form, weights_grad
 from moefy.triton_ops.linear import linear
-from moefy.triton_ops.tiles import Schedule, schedule
+from moefy.triton_ops.shared.blocks import blocks
+from moefy.triton_ops.shared.calls import EntryCall, HiddenGradCall
+from moefy.triton_ops.shared.tiles import Schedule, schedule
 from moefy.triton_ops.weight_grad import Product, bias_grad, weight_grad
 
 # From this hidden width on the gradient's rows are copied before w_down's gradient reads them: a product over rows that
@@ -109,9 +109,22 @@ def hidden(
     at = tiles.of("glu_entry" if experts.w_gate is not None else "entry")
     hidden_NH = _empty(x_TD, rows, experts.w_up.shape[1])
     entry(
-        x_TD, experts.order_N, experts.top_k, at, tiles.row_of_slot_N,
-        experts.w_gate, experts.b_gate, experts.w_up, experts.b_up, gate_NH, up_NH, hidden_NH, experts.activation,
-    )  # fmt: skip
+        EntryCall(
+            x_TD=x_TD,
+            order_N=experts.order_N,
+            top_k=experts.top_k,
+            schedule=at,
+            row_of_slot_N=tiles.row_of_slot_N,
+            w_gate=experts.w_gate,
+            b_gate=experts.b_gate,
+            w_up=experts.w_up,
+            b_up=experts.b_up,
+            gate_out=gate_NH,
+            up_out=up_NH,
+            hidden_NH=hidden_NH,
+            activation=experts.activation,
+        )
+    )
     return hidden_NH
 
 
@@ -176,13 +189,24 @@ def _exit_backward(
     grads: dict[str, Tensor] = {}
     waiting = None
     weighted_NH = _empty(up_NH, *up_NH.shape)
-    rows = None
-    if hopper.takes_hidden_grad(grad_TD, experts.w_down, gate_NH, up_NH):
+    call = HiddenGradCall(
+        grad=grad_TD,
+        weights_TK=experts.weights_TK,
+        order_N=order_N,
+        schedule=at,
+        w_down=experts.w_down,
+        gate_NH=gate_NH,
+        up_NH=up_NH,
+        dgate_NH=dgate_NH,
+        dup_NH=dup_NH,
+        weighted_NH=weighted_NH,
+        activation=experts.activation,
+    )
+    form, rows = hidden_grad_form(call), None
+    if form.name == "hopper":  # it reads rows, which the exit's gradient then reads too
         rows = spread(grad_TD, tiles.row_of_slot_N, top_k)
-    parts = hidden_grad(
-        grad_TD if rows is None else rows, experts.weights_TK, order_N, at, experts.w_down,
-        gate_NH, up_NH, dgate_NH, dup_NH, weighted_NH, experts.activation, gather=rows is None,
-    )  # fmt: skip
+        call = call._replace(grad=rows, gather=False)
+    parts = form.run(call)
     if wanted["weights"]:
         grads["weights"] = _empty(experts.weights_TK, *experts.weights_TK.shape)
         weights_grad(parts, order_N, grad_TD, experts.b_down, at, grads["weights"])

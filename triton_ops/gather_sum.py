@@ -10,8 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from moefy.triton_ops.blocks import cdiv, next_power_of_2
-from moefy.triton_ops.launch import kernel
+from moefy.triton_ops.shared.blocks import cdiv, next_power_of_2
+from moefy.triton_ops.shared.launch import kernel
 
 
 def gather_sum(

@@ -18,90 +18,93 @@ The routing gradient needs no expert output again (as in SonicMoE, Guo et al. 20
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from moefy.triton_ops import hopper
-from moefy.triton_ops.activations import activate_backward
-from moefy.triton_ops.blocks import blocks, cdiv, describable, descriptor, has_tma, precision, processors
-from moefy.triton_ops.launch import jit, kernel
-from moefy.triton_ops.tiles import Schedule, count_tiles, locate, store
+from moefy.triton_ops.shared.activations import device_functions
+from moefy.triton_ops.shared.blocks import (
+    blocks,
+    cdiv,
+    describable,
+    descriptor,
+    has_tma,
+    precision,
+    processors,
+)
+from moefy.triton_ops.shared.calls import HiddenGradCall
+from moefy.triton_ops.shared.forms import Form, anything, form_for
+from moefy.triton_ops.shared.launch import jit, kernel
+from moefy.triton_ops.shared.tiles import Schedule, count_tiles, locate, store
+
+_, activate_backward = device_functions()
 
 
-def hidden_grad(
-    grad_TD: Tensor,
-    weights_TK: Tensor,
-    order_N: Tensor,
-    schedule: Schedule,
-    w_down: Tensor,
-    gate_NH: Tensor | None,
-    up_NH: Tensor,
-    dgate_NH: Tensor | None,
-    dup_NH: Tensor,
-    weighted_NH: Tensor,
-    activation: str,
-    *,
-    gather: bool = True,
-) -> Tensor:
-    """Fill ``dgate_NH``, ``dup_NH`` and ``weighted_NH``; return the parts of the routing gradient, [parts, N] fp32.
+def hidden_grad_form(call: HiddenGradCall) -> Form:
+    """How to compute ``call``: ``form.run(call)``.
 
-    Args:
-        grad_TD: the output's gradient; features side by side. Without ``gather`` [N, D], that of each row.
-        weights_TK: [T, K] routing weights, contiguous.
-        order_N: [N] int64, the slot of each row.
-        schedule: the tiles of the rows; its ``block_rows`` is this kernel's.
-        w_down: [E, D, H].
-        gate_NH: the gate's pre-activation or None.
-        up_NH: the other pre-activation, of gate_NH's stride.
-        dgate_NH: the gate's gradient or None.
-        dup_NH: the other gradient, of dgate_NH's stride.
-        weighted_NH: hidden values times routing weight.
-        activation: a name of ``triton_ops.activations``.
-        gather: whether row r of the gradient is that of token ``order[r] // K``.
+    It fills ``dgate_NH``, ``dup_NH`` and ``weighted_NH`` and returns the parts of the routing gradient, [parts, N].
+    The form "hopper" runs calls without ``gather`` alone: the caller copies the rows, which it may need elsewhere too.
     """
-    if not gather and hopper.takes_hidden_grad(grad_TD, w_down, gate_NH, up_NH):
-        from moefy.triton_ops.hopper.hidden_grad import hidden_grad as hidden_grad_on_hopper
+    return form_for(FORMS, call)
 
-        return hidden_grad_on_hopper(
-            grad_TD,
-            weights_TK,
-            order_N,
-            schedule,
-            w_down,
-            gate_NH,
-            up_NH,
-            dgate_NH,
-            dup_NH,
-            weighted_NH,
-            activation,
-        )
-    rows, width = up_NH.shape
-    depth = grad_TD.shape[1]
-    block = blocks("hidden_grad", grad_TD.dtype, rows, schedule.num_experts, grad_TD.device)
-    column_tiles = cdiv(width, block.n)
-    parts = torch.empty((column_tiles, rows), dtype=torch.float32, device=grad_TD.device)
+
+def _takes_hopper(call: HiddenGradCall) -> bool:
+    return hopper.takes_hidden_grad(call.grad, call.w_down, call.gate_NH, call.up_NH)
+
+
+def _run_hopper(call: HiddenGradCall) -> Tensor:
+    from moefy.triton_ops.hopper.hidden_grad import hidden_grad as hidden_grad_on_hopper
+
+    assert not call.gather
+    return hidden_grad_on_hopper(call)
+
+
+def _takes_descriptors(call: HiddenGradCall) -> bool:
+    return has_tma(call.grad.device) and describable(call.w_down)
+
+
+def _run(call: HiddenGradCall, by_descriptor: bool) -> Tensor:
+    """Launch the Triton kernel; ``by_descriptor`` says how it reads the exit's matrix."""
+    grad, w_down, schedule = call.grad, call.w_down, call.schedule
+    up_NH, dup_NH, weighted_NH = call.up_NH, call.dup_NH, call.weighted_NH
+    (rows, width), depth = up_NH.shape, grad.shape[1]
+    block = blocks("hidden_grad", grad.dtype, rows, schedule.num_experts, grad.device)
+    pieces, column_tiles = block.pieces_for(call.gate_NH is not None), cdiv(width, block.n)
+    parts = torch.empty((column_tiles, rows), dtype=torch.float32, device=grad.device)
     if not rows or not width:
         return parts
-    by_descriptor = has_tma(grad_TD.device) and describable(w_down)
-    gate, dgate = (up_NH, dup_NH) if gate_NH is None or dgate_NH is None else (gate_NH, dgate_NH)
-    a = grad_TD if gather or not by_descriptor else descriptor(grad_TD, block.m, block.k)
+    glu = call.gate_NH is not None
+    gate, dgate = (
+        (up_NH, dup_NH) if call.gate_NH is None or call.dgate_NH is None else (call.gate_NH, call.dgate_NH)
+    )
+    a = grad if call.gather or not by_descriptor else descriptor(grad, block.m, block.k)
     outs = (dgate, dup_NH, weighted_NH)
     by_store = block.store and by_descriptor and describable(*outs)
-    tiles = [descriptor(out, block.m, block.n // block.pieces) if by_store else out for out in outs]
-    programs = min(schedule.max_tiles * column_tiles, block.per_processor * processors(grad_TD.device))
+    tiles = [descriptor(out, block.m, block.n // pieces) if by_store else out for out in outs]
+    programs = min(schedule.max_tiles * column_tiles, block.per_processor * processors(grad.device))
     _hidden_grad_kernel[(programs,)](
-        a, weights_TK, order_N, descriptor(w_down, 1, block.k, block.n) if by_descriptor else w_down,
+        a, call.weights_TK, call.order_N, descriptor(w_down, 1, block.k, block.n) if by_descriptor else w_down,
         gate, up_NH, *outs, *tiles, parts,
         schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width, rows,
-        grad_TD.stride(0), w_down.stride(0), w_down.stride(1), up_NH.stride(0), dup_NH.stride(0),
+        grad.stride(0), w_down.stride(0), w_down.stride(1), up_NH.stride(0), dup_NH.stride(0),
         weighted_NH.stride(0),
-        K=weights_TK.shape[1], ACT=activation, GLU=gate_NH is not None, TMA=by_descriptor,
-        EVEN=depth % block.k == 0, PRECISION=precision(grad_TD.dtype),
-        M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten, STORE=by_store, GATHER=gather,
-        PIECES=block.pieces, **block.options,
+        K=call.weights_TK.shape[1], ACT=call.activation, GLU=glu, TMA=by_descriptor,
+        EVEN=depth % block.k == 0, PRECISION=precision(grad.dtype),
+        M=block.m, N=block.n, STEP=block.k, GROUP=block.group, FLATTEN=block.flatten, STORE=by_store,
+        GATHER=call.gather, PIECES=pieces, **block.options,
     )  # fmt: skip
     return parts
+
+
+FORMS = (
+    Form("hopper", _takes_hopper, _run_hopper),
+    Form("descriptor", _takes_descriptors, functools.partial(_run, by_descriptor=True)),
+    Form("pointer", anything, functools.partial(_run, by_descriptor=False)),
+)
 
 
 @kernel

@@ -12,11 +12,14 @@ are zero.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import triton.language as tl
 from torch import Tensor
 
 from moefy.triton_ops import hopper
-from moefy.triton_ops.blocks import (
+from moefy.triton_ops.shared.blocks import (
     Blocks,
     blocks,
     cdiv,
@@ -26,8 +29,9 @@ from moefy.triton_ops.blocks import (
     precision,
     processors,
 )
-from moefy.triton_ops.launch import jit, kernel
-from moefy.triton_ops.tiles import Schedule, count_tiles, locate, store
+from moefy.triton_ops.shared.forms import Form, anything, form_for
+from moefy.triton_ops.shared.launch import jit, kernel
+from moefy.triton_ops.shared.tiles import Schedule, count_tiles, locate, store
 
 
 def linear(
@@ -51,29 +55,66 @@ def linear(
         transposed: whether ``w`` is used as it lies.
         second: another ``(a, w)`` of the same shapes and strides, whose product is added.
     """
-    (rows, width), depth = out.shape, a.shape[1]
-    if not rows or not width:
-        return
-    if hopper.takes_linear(a, w, out, transposed, second):
-        from moefy.triton_ops.hopper.linear import linear as linear_on_hopper
+    if out.numel():
+        call = LinearCall(a, w, bias, schedule, out, transposed, second)
+        form_for(FORMS, call).run(call)
 
-        linear_on_hopper(a, w, bias, schedule, out, transposed, second)
-        return
-    a2, w2 = second if second is not None else (a, w)
+
+class LinearCall(NamedTuple):
+    """The arguments of ``linear``."""
+
+    a: Tensor
+    w: Tensor
+    bias: Tensor | None
+    schedule: Schedule
+    out: Tensor
+    transposed: bool
+    second: tuple[Tensor, Tensor] | None
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(a, w)`` and the second pair, or where there is none the first again."""
+        return (self.a, self.w, *(self.second or (self.a, self.w)))
+
+
+def _takes_hopper(call: LinearCall) -> bool:
+    return hopper.takes_linear(call.a, call.w, call.out, call.transposed, call.second)
+
+
+def _run_hopper(call: LinearCall) -> None:
+    from moefy.triton_ops.hopper.linear import linear as linear_on_hopper
+
+    linear_on_hopper(call.a, call.w, call.bias, call.schedule, call.out, call.transposed, call.second)
+
+
+def _takes_descriptors(call: LinearCall) -> bool:
+    return has_tma(call.a.device) and describable(*call.pairs)
+
+
+def _run(call: LinearCall, by_descriptor: bool) -> None:
+    """Launch the Triton kernel; ``by_descriptor`` says how it reads rows and matrices."""
+    (a, w, a2, w2), bias, schedule, out = call.pairs, call.bias, call.schedule, call.out
+    (rows, width), depth = out.shape, a.shape[1]
     block = blocks("linear", a.dtype, rows, schedule.num_experts, a.device)
-    by_descriptor = has_tma(a.device) and describable(a, w, a2, w2)
-    tiles = _descriptors(block, transposed, a, a2, w, w2) if by_descriptor else (a, a2, w, w2)
+    tiles = _descriptors(block, call.transposed, a, a2, w, w2) if by_descriptor else (a, a2, w, w2)
     by_store = block.store and by_descriptor and describable(out)
     programs = min(schedule.max_tiles * cdiv(width, block.n), block.per_processor * processors(a.device))
     _linear_kernel[(programs,)](
         *tiles, bias if bias is not None else out, out, descriptor(out, block.m, block.n) if by_store else out,
         schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width,
         a.stride(0), w.stride(0), w.stride(1), out.stride(0),
-        TRANSPOSED=transposed, TWO=second is not None, BIAS=bias is not None, TMA=by_descriptor,
+        TRANSPOSED=call.transposed, TWO=call.second is not None, BIAS=bias is not None, TMA=by_descriptor,
         PRECISION=precision(a.dtype), M=block.m, N=block.n, STEP=block.k, GROUP=block.group,
         FLATTEN=block.flatten, STORE=by_store,
         **block.options,
     )  # fmt: skip
+
+
+FORMS = (
+    Form("hopper", _takes_hopper, _run_hopper),
+    Form("descriptor", _takes_descriptors, functools.partial(_run, by_descriptor=True)),
+    Form("pointer", anything, functools.partial(_run, by_descriptor=False)),
+)
 
 
 def _descriptors(block: Blocks, transposed: bool, a: Tensor, a2: Tensor, w: Tensor, w2: Tensor) -> tuple:

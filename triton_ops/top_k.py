@@ -19,8 +19,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from moefy.triton_ops.blocks import cdiv, next_power_of_2
-from moefy.triton_ops.launch import jit, kernel, on_device
+from moefy.triton_ops.shared.blocks import cdiv, next_power_of_2
+from moefy.triton_ops.shared.launch import jit, kernel, on_device
 
 MAX_EXPERTS = 4096
 MAX_TOP_K = 64

@@ -11,11 +11,13 @@ expert without rows gets exact zeros. Either side may be given as tokens, which 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton.language as tl
 from torch import Tensor
 
 from moefy.triton_ops import hopper
-from moefy.triton_ops.blocks import (
+from moefy.triton_ops.shared.blocks import (
     Kernel,
     blocks,
     cdiv,
@@ -25,8 +27,9 @@ from moefy.triton_ops.blocks import (
     precision,
     processors,
 )
-from moefy.triton_ops.launch import jit, kernel
-from moefy.triton_ops.tiles import Schedule, locate_matrix
+from moefy.triton_ops.shared.forms import Form, anything, form_for
+from moefy.triton_ops.shared.launch import jit, kernel
+from moefy.triton_ops.shared.tiles import Schedule, locate_matrix
 
 Product = tuple[Tensor, Tensor, Tensor]
 """``(g, x, out)`` of a weight gradient."""
@@ -49,31 +52,60 @@ def weight_grad(
         gather_x: the same for ``x``.
         also: another ``(g, x, out)`` over the same rows, nothing of which is gathered.
     """
-    on_hopper = not gather_g and not gather_x and hopper.takes_weight_grad(g, x, out_EOI)
-    if also is not None and not (on_hopper and hopper.takes_weight_grad(*also)):
+    call = WeightGradCall(g, x, order_N, top_k, schedule, out_EOI, gather_g, gather_x)
+    form = form_for(FORMS, call)
+    if also is not None and form.name == "hopper" and hopper.takes_weight_grad(*also):
+        call = call._replace(also=also)
+    elif also is not None:
         weight_grad(*also[:2], order_N, top_k, schedule, also[2])
-        also = None
-    experts, height, width = out_EOI.shape
-    if not height or not width or not experts:
-        return
-    if on_hopper:
-        from moefy.triton_ops.hopper.weight_grad import weight_grad as weight_grad_on_hopper
+    if out_EOI.numel():
+        form.run(call)
 
-        weight_grad_on_hopper(g, x, schedule, out_EOI, also)
-        return
-    kernel: Kernel = "gathered_weight_grad" if gather_g or gather_x else "weight_grad"
+
+class WeightGradCall(NamedTuple):
+    """The arguments of ``weight_grad``; ``also`` only where the form takes both in one launch."""
+
+    g: Tensor
+    x: Tensor
+    order_N: Tensor
+    top_k: int
+    schedule: Schedule
+    out_EOI: Tensor
+    gather_g: bool
+    gather_x: bool
+    also: Product | None = None
+
+
+def _takes_hopper(call: WeightGradCall) -> bool:
+    return not call.gather_g and not call.gather_x and hopper.takes_weight_grad(call.g, call.x, call.out_EOI)
+
+
+def _run_hopper(call: WeightGradCall) -> None:
+    from moefy.triton_ops.hopper.weight_grad import weight_grad as weight_grad_on_hopper
+
+    weight_grad_on_hopper(call.g, call.x, call.schedule, call.out_EOI, call.also)
+
+
+def _run(call: WeightGradCall) -> None:
+    """Launch the Triton kernel, which reads either side by descriptor or by pointer."""
+    g, x, order_N, schedule, out_EOI = call.g, call.x, call.order_N, call.schedule, call.out_EOI
+    experts, height, width = out_EOI.shape
+    kernel: Kernel = "gathered_weight_grad" if call.gather_g or call.gather_x else "weight_grad"
     block = blocks(kernel, g.dtype, order_N.shape[0], experts, g.device)
     tma = has_tma(g.device)
-    g_tma, x_tma = tma and not gather_g and describable(g), tma and not gather_x and describable(x)
+    g_tma, x_tma = tma and not call.gather_g and describable(g), tma and not call.gather_x and describable(x)
     tiles = experts * cdiv(height, block.m) * cdiv(width, block.n)
     _weight_grad_kernel[(min(tiles, block.per_processor * processors(g.device)),)](
         descriptor(g, block.k, block.m) if g_tma else g, descriptor(x, block.k, block.n) if x_tma else x,
         g, x, order_N, out_EOI,
         schedule.experts, schedule.next_counter(), experts, height, width, g.stride(0), x.stride(0), out_EOI.stride(1),
-        K=top_k, GATHER_G=gather_g, GATHER_X=gather_x, G_TMA=g_tma, X_TMA=x_tma, PRECISION=precision(g.dtype),
-        M=block.m, N=block.n, STEP=block.k, GROUP=block.group,
+        K=call.top_k, GATHER_G=call.gather_g, GATHER_X=call.gather_x, G_TMA=g_tma, X_TMA=x_tma,
+        PRECISION=precision(g.dtype), M=block.m, N=block.n, STEP=block.k, GROUP=block.group,
         **block.options,
     )  # fmt: skip
+
+
+FORMS = (Form("hopper", _takes_hopper, _run_hopper), Form("pointer", anything, _run))
 
 
 @jit

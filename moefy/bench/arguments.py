@@ -22,7 +22,7 @@ def rep_from(rep: float | None, device: torch.device) -> float:
     """Milliseconds to spend on each figure, by default those of the device.
 
     Raises:
-        ConfigError: for none.
+        ConfigError: ``rep`` is not positive.
     """
     rep = DEFAULT_REP_MS[device.type] if rep is None else rep
     if not rep > 0:
@@ -31,10 +31,10 @@ def rep_from(rep: float | None, device: torch.device) -> float:
 
 
 def device_from(text: str | None) -> torch.device:
-    """The device that an option names, by default a GPU where there is one.
+    """The device that an option names, by default the GPU that torch uses, or the CPU where there is none.
 
     Raises:
-        ConfigError: for one that torch does not see.
+        ConfigError: torch sees no such device.
     """
     if text is None:
         return _numbered(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -52,7 +52,7 @@ def device_from(text: str | None) -> torch.device:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """``device`` with its index, which ``torch.cuda.set_device`` wants."""
+    """``device`` with an index, which ``torch.cuda.set_device`` needs."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -21,7 +21,7 @@ class Result(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One ``moefy bench NAME``. ``run`` may import what it needs; listing benchmarks must not."""
+    """One ``moefy bench NAME``. ``run`` may import what it measures; the module that lists it may not."""
 
     name: str
     help: str

@@ -1,7 +1,7 @@
 """The peak of a process's resident memory, as the kernel counts it.
 
-Contract: ``peak_growth(f)`` is how far the resident set rose above its level before ``f``, at any moment of
-``f``, in bytes. Run it in a fresh process: memory that was freed but kept by the allocator hides growth.
+Contract: ``peak_growth(f)`` is the highest rise of the resident set, while ``f`` runs, above its level before, in
+bytes. Measure in a fresh process: memory that the allocator keeps after it was freed hides growth.
 
     >>> peak_growth(lambda: torch.zeros(10_000_000).add_(1)) > 30_000_000      # doctest: +SKIP
     True
@@ -70,7 +70,7 @@ def _status() -> dict[str, int]:
 
 
 def _reset_peak() -> None:
-    """Let the kernel forget the earlier peak. Where it refuses, an earlier peak hides growth."""
+    """Have the kernel forget the earlier peak. Where the kernel refuses, an earlier peak hides growth."""
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""A plain pre-norm GPT for benchmarks: the size is the only thing that matters about it.
+"""A plain pre-norm GPT of any size, for benchmarks.
 
 >>> sum(p.numel() for p in GPT(layers=2, d_model=64).parameters()) > 0
 True
@@ -14,7 +14,7 @@ VOCABULARY = 512
 
 
 class FeedForward(nn.Module):
-    """``down(gelu(up(x)))``."""
+    """The FFN ``down(gelu(up(x)))``, of the width that ``d_hidden`` says."""
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()

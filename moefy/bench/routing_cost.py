@@ -1,4 +1,4 @@
-"""``moefy bench routing``: what deciding costs beside computing, forward and backward.
+"""``moefy bench routing``: time of top-k, sort and losses beside that of the layer, forward and backward.
 
 T tokens, E experts, K top-k.
 
@@ -41,12 +41,12 @@ class RoutingCost:
     ms: dict[str, dict[str, dict[str, float]]]
 
     def share(self, shape: str, mode: str) -> float:
-        """What all steps together take of the layer."""
+        """Time of all steps together over that of the layer."""
         times = self.ms[shape][mode]
         return times["together"] / times["layer"]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Milliseconds and shares by shape and mode, as JSON types."""
         shares = {
             shape: {mode: self.share(shape, mode) for mode in modes} for shape, modes in self.ms.items()
         }
@@ -80,7 +80,7 @@ def _compiled(function: Callable[..., Any], backend: str = "inductor") -> Callab
 MODES: dict[str, Wrap] = {"eager": lambda function: function, "compiled": _compiled}
 
 
-# -- steps: from inputs to what is timed; ``wrap`` is done to the function that computes ----------------------------
+# -- steps: each makes, from inputs, the work to time; ``wrap`` is applied to the function that computes -------------
 def _top_k(inputs: Inputs, wrap: Wrap) -> Work:
     from moefy.ops import top_k_softmax
 
@@ -150,7 +150,7 @@ def _chosen(inputs: Inputs) -> Tensor:
 
 
 def _with_gradient(inputs: Inputs, forward: Callable[[Tensor], tuple[Tensor, ...]]) -> Work:
-    """Work that runs ``forward`` on the logits and then its backward, from a gradient drawn beforehand."""
+    """Work that runs ``forward`` on the logits, then its backward from gradients drawn beforehand."""
     logits_TE = inputs.logits_TE.detach().requires_grad_()
     grads = [torch.randn_like(out) for out in forward(logits_TE)]
 

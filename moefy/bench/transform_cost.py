@@ -1,8 +1,8 @@
 """``moefy bench transform``: what ``moefy.transform`` costs in time and memory, and how it grows with depth.
 
-Contract: times are the best of several runs, since other work on the machine only adds. "Forwards" divides by one
-eager forward of the same dense model on the same inputs. The copies that upcycling cannot avoid (E times every FFN
-weight) are timed alone and taken off. Memory is the rise of the resident set in a fresh process, less the bytes of
+Contract: times are the best of several runs, since other work on the machine only adds. Costs in forwards are multiples
+of one eager forward of the same dense model on the same inputs. The copies that upcycling cannot avoid (E times every
+FFN weight) are timed alone and subtracted. Memory is the rise of the resident set in a fresh process, less the bytes of
 the new weights.
 
     $ moefy bench transform --layers 6,12,24
@@ -85,7 +85,7 @@ class TransformCost:
         return (last.transform_ms / last.layers) / (first.transform_ms / first.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Costs by depth, and memory, as JSON types."""
         depths = [
             {**dataclasses.asdict(d), "forwards": d.forwards, "check_forwards": d.check_forwards}
             for d in self.depths

@@ -1,1 +1,1 @@
-"""The command ``moefy``; ``main`` has its verbs."""
+"""The command ``moefy``. ``main`` has its subcommands, a file beside it what each one does."""

@@ -1,7 +1,7 @@
 """A Hugging Face model from its config file, without memory and without a download.
 
-Contract: the weights are ``FakeTensor`` s on the CPU: shapes and dtypes, no storage. Reads one local JSON file,
-never the network, never code from the folder (no ``trust_remote_code``).
+Contract: the weights are fake tensors on the CPU, with shape and dtype but no storage. One local JSON file is read:
+nothing comes from the network, and no code of the folder runs (no ``trust_remote_code``).
 
     >>> model = build_from_config(Path("llama-70b/config.json"))    # doctest: +SKIP
     >>> sum(p.numel() for p in model.parameters())                  # 70 B parameters, 0.4 GB of memory
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moefy.errors import UsageError
 
-_AUTO_CLASSES = (  # the first that knows a config: an encoder also has a causal class, which is not its own
+_AUTO_CLASSES = (  # the first that knows the config; encoders have a causal class too, so masked comes first
     "AutoModelForSeq2SeqLM",
     "AutoModelForMaskedLM",
     "AutoModelForCausalLM",
@@ -55,8 +55,8 @@ def build_from_config(path: Path) -> nn.Module:
         with mode:
             return build().eval()
     except DataDependentOutputException:
-        # Some constructors read values (a drop-path schedule): meta tensors of transformers' own device
-        # context leave tensors that name their device alone, and become fake ones afterwards.
+        # Some constructors read values (a drop-path schedule), which fake tensors lack. Under the meta device tensors
+        # that name their device stay real; the meta ones become fake afterwards.
         with torch.device("meta"):
             model = build()
         _to_fake(model, mode)
@@ -73,7 +73,7 @@ def _transformers() -> Any:
 
 
 def _load(transformers: Any, path: Path) -> Any:
-    """The config object; every way of being no config is one line for the user."""
+    """The config object. A file that is no config raises ``UsageError``."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -91,7 +91,7 @@ def _load(transformers: Any, path: Path) -> Any:
 
 
 def _constructor(transformers: Any, config: Any, path: Path) -> Any:
-    """A function that builds the model: the class the config names, else the first auto class that knows it."""
+    """A function that builds the model, by the class that the config names or the first auto class that knows it."""
     for name in getattr(config, "architectures", None) or ():
         architecture = getattr(transformers, name, None)
         if architecture is not None and hasattr(architecture, "_from_config"):
@@ -104,7 +104,7 @@ def _constructor(transformers: Any, config: Any, path: Path) -> Any:
 
 
 def to_meta(model: nn.Module) -> None:
-    """Replace every parameter and buffer by a meta tensor: what ``torch.compile`` can run without memory."""
+    """Replace every parameter and buffer by a meta tensor. ``torch.compile`` can run these without memory."""
     _replace(model, "meta")
 
 

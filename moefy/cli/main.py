@@ -1,8 +1,8 @@
-"""The command ``moefy``: look at a model, measure, tell the environment.
+"""The command ``moefy``: report on a model, run a benchmark, show the environment.
 
-Contract: results go to stdout, and with ``--json`` nothing but one JSON document does (what user code prints goes
-to stderr). Errors are one line on stderr. Exit codes: 0 done, 1 a check or the user's code failed, 2 bad usage,
-3 no FFN found.
+Contract: results go to stdout. With ``--json`` stdout gets one JSON document and nothing else; what user code prints
+goes to stderr. An error is one line on stderr. Exit codes: 0 done, 1 a check or the user's code failed, 2 bad usage, 3
+no FFN found.
 
     $ moefy report mypackage.models:make_gpt --num-experts 8
     $ moefy report ./llama/config.json --json
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         args = _parse(argv)
-        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+        with contextlib.redirect_stdout(sys.stderr):  # prints of the user's code are no result
             text, code = args.run(args)
         print(_printable(text), flush=True)
         return code
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, BAD_USAGE)
     except MoefyError as error:
         return _complain(error, FAILED)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader, such as head, stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All commands and options."""
+    """The parser of all commands and options."""
     parser = argparse.ArgumentParser(
         prog="moefy",
         description="Turn the feed-forward networks of a PyTorch model into Mixture-of-Experts.",
@@ -170,14 +170,14 @@ def _run_env(args: argparse.Namespace) -> tuple[str, int]:
 
 
 def _complain(error: MoefyError, code: int) -> int:
-    """One line on stderr (a list of candidates may follow), after the user's own traceback if any."""
+    """Print the error in one line (a list of candidates may follow), after the traceback of the user's code if any."""
     from moefy.cli.targets import TargetFailed
 
     if isinstance(error, TargetFailed) and error.__cause__ is not None:
         cause = error.__cause__
         frames = cause.__traceback__
         own = frames.tb_next if frames is not None and frames.tb_next is not None else frames
-        traceback.print_exception(type(cause), cause, own)  # without the frame of ours that called
+        traceback.print_exception(type(cause), cause, own)  # without moefy's frame that called
     print(f"moefy: {error}", file=sys.stderr)
     return code
 

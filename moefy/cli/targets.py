@@ -1,7 +1,7 @@
 """What the command line calls TARGET: a factory in Python code, or a Hugging Face config on disk.
 
-Contract: ``load_target`` gives a module in eval mode. A text that is no target is a ``UsageError``; user code that
-raises is a ``TargetFailed``, whose cause is the user's own exception.
+Contract: ``load_target`` returns a module in eval mode. A text that names no target raises ``UsageError``. User code
+that raises becomes ``TargetFailed``, with the user's exception as its cause.
 
     >>> load_target("torchvision.models:resnet18").model        # doctest: +SKIP
     >>> load_target("llama/config.json").model                  # doctest: +SKIP
@@ -24,12 +24,12 @@ FORM = "MODULE:FACTORY or a Hugging Face config file or folder"
 
 
 class TargetFailed(MoefyError, RuntimeError):
-    """The user's module or factory raised; ``__cause__`` is what it raised."""
+    """The user's module or factory raised ``__cause__``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A model to look at, with example inputs when the factory gave some."""
+    """A model to report on, and the example inputs that the factory returned with it."""
 
     model: nn.Module
     example_args: tuple[Any, ...] = ()
@@ -45,7 +45,7 @@ def load_target(text: str) -> Target:
     transformers without memory.
 
     Raises:
-        UsageError: ``text`` is neither, or what it names does not exist or is no model.
+        UsageError: ``text`` has neither form, or names something that does not exist or is no model.
         TargetFailed: the user's code raised.
     """
     path = Path(text)
@@ -94,7 +94,7 @@ def _lookup(module: Any, attribute: str, text: str) -> Any:
 
 
 def _call(factory: Any, text: str) -> Any:
-    """What the factory returns; a module instance stands for itself."""
+    """What the factory returns. A module instance counts as its own factory."""
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):

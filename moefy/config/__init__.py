@@ -8,15 +8,15 @@ known. ``Capacity`` limits how many tokens an expert takes. ``AuxLoss`` says wha
 True
 """
 
-from moefy.config.aux_loss import AUX_DELIVERIES, AUX_SCOPES, BALANCE_NAMES, AuxLoss
-from moefy.config.capacity import CAPACITY_RULES, DROP_POLICIES, SLOT_ORDERS, Capacity
+from moefy.config.aux_loss import AUX_DELIVERIES, AUX_SCOPES, AuxLoss
+from moefy.config.capacity import DROP_POLICIES, SLOT_ORDERS, Capacity
+from moefy.config.capacity_rules import CAPACITY_RULES, CapacityRule
 from moefy.config.moe_config import MAX_EXPERTS, SCHEMA_VERSION, MoEConfig
 from moefy.config.router_spec import ONE_EXPERT_ROUTERS, RouterSpec, default_top_k, router_name
 
 __all__ = [
     "AUX_DELIVERIES",
     "AUX_SCOPES",
-    "BALANCE_NAMES",
     "CAPACITY_RULES",
     "DROP_POLICIES",
     "MAX_EXPERTS",
@@ -25,6 +25,7 @@ __all__ = [
     "SLOT_ORDERS",
     "AuxLoss",
     "Capacity",
+    "CapacityRule",
     "MoEConfig",
     "RouterSpec",
     "default_top_k",

@@ -12,18 +12,25 @@ from typing import Any
 from moefy.config.fields import from_fields, is_finite, is_int
 from moefy.errors import ConfigError, suggest
 
-BALANCE_NAMES = (
-    "switch",
-    "gshard",
-    "mixtral",
-    "importance",
-    "megatron",
-    "megablocks",
-    "tutel_gshard",
-    "deepspeed",
-    "fastmoe_gshard",
-    "fastmoe_switch",
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalanceFacts:
+    """What options have to know of a balance loss.
+
+    Attributes:
+        counted: whether it counts slots, and so has a global-batch scope.
+        after_drops: whether it reads the experts after capacity dropped slots (``Routing.top_k_index``), not the
+            router's choice.
+    """
+
+    counted: bool = True
+    after_drops: bool = False
+
+
+BALANCE: dict[str, BalanceFacts] = {}
+"""The balance losses by name. Each is declared beside its formula, in ``moefy.nn.losses``, so that its name is written
+once. Whoever takes ``AuxLoss`` from ``moefy`` has them; before that module is imported any name passes here, and a
+layer refuses it."""
 AUX_SCOPES = ("micro_batch", "sequence", "global_batch")
 AUX_DELIVERIES = ("auto", "by_hand")
 
@@ -34,8 +41,7 @@ class AuxLoss:
 
     Args:
         weight: of the balance loss; 0.01 is that of Switch Transformer. A weight of 0 leaves its term out.
-        balance: the balance loss, one of ``BALANCE_NAMES``; ``moefy.nn.losses`` has the formulas. "switch" is the
-            canonical one.
+        balance: the balance loss, a name of ``moefy.nn.losses.BALANCE_LOSSES``. "switch" is the canonical one.
         z_weight: of the z-loss; 0.001 in ST-MoE.
         router_weight: of the sum of the router's own losses ("importance" and "load" of noisy top-k).
         scope: what the balance loss is taken over. "micro_batch": the tokens of one forward on one rank. "sequence":
@@ -59,16 +65,15 @@ class AuxLoss:
             value = getattr(self, name)
             if not is_finite(value) or value < 0:
                 raise ConfigError(f"aux_loss.{name}", got=value, expected="a finite number >= 0")
-        choices = {"balance": BALANCE_NAMES, "scope": AUX_SCOPES, "delivery": AUX_DELIVERIES}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                expected = f"one of {list(known)}{suggest(str(value), known)}"
-                raise ConfigError(f"aux_loss.{name}", got=value, expected=expected)
+        if BALANCE or not isinstance(self.balance, str):
+            check_balance(self.balance)
+        for name, known in (("scope", AUX_SCOPES), ("delivery", AUX_DELIVERIES)):
+            _check_name(f"aux_loss.{name}", getattr(self, name), known)
         if not is_int(self.batch_dim, 0):
             raise ConfigError("aux_loss.batch_dim", got=self.batch_dim, expected="an int >= 0")
-        if (self.balance, self.scope) == ("importance", "global_batch"):
-            expected = '"micro_batch" or "sequence": importance counts no slots to sum over ranks'
+        facts = BALANCE.get(self.balance, BalanceFacts())
+        if not facts.counted and self.scope == "global_batch":
+            expected = f'"micro_batch" or "sequence": {self.balance} counts no slots to sum over ranks'
             raise ConfigError("aux_loss.scope", got=self.scope, expected=expected)
 
     @classmethod
@@ -76,8 +81,10 @@ class AuxLoss:
         """``aux_loss`` itself, or the canonical balance loss of that weight.
 
         Raises:
-            ConfigError: for anything else.
+            ConfigError: for anything else, and for a balance loss that does not exist.
         """
+        if isinstance(aux_loss, AuxLoss) and BALANCE:  # which may be older than the names
+            check_balance(aux_loss.balance)
         if aux_loss is None or isinstance(aux_loss, AuxLoss):
             return aux_loss
         if not is_finite(aux_loss):
@@ -92,3 +99,14 @@ class AuxLoss:
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return dataclasses.asdict(self)
+
+
+def check_balance(name: Any) -> None:
+    """Raise ``ConfigError`` for a balance loss that does not exist."""
+    _check_name("aux_loss.balance", name, tuple(BALANCE))
+
+
+def _check_name(option: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        expected = f"one of {list(known)}{suggest(str(value), known)}"
+        raise ConfigError(option, got=value, expected=expected)

@@ -9,19 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from moefy.config.capacity_rules import CAPACITY_RULES
 from moefy.config.fields import from_fields, is_finite, is_int
 from moefy.errors import ConfigError, suggest
 
-CAPACITY_RULES = (
-    "megatron",
-    "deepspeed",
-    "gshard",
-    "switch",
-    "tutel",
-    "fastmoe_gshard",
-    "fastmoe_switch",
-    "fastmoe_dc",
-)
 DROP_POLICIES = ("position", "probability", "batch_prioritized", "random")
 SLOT_ORDERS = ("token", "choice")
 
@@ -34,7 +25,7 @@ class Capacity:
         factor: > 0: the capacity is ``rule(factor)``. 0: exactly the need, so that nothing is dropped. < 0: the need,
             at most ``rule(|factor|)`` (Tutel).
         eval_factor: the factor in evaluation mode; ``None`` is ``factor``.
-        rule: the formula, one of ``CAPACITY_RULES``; ``moefy.nn.routing.capacity`` has them.
+        rule: the formula, a name of ``moefy.config.CAPACITY_RULES``.
         min_capacity: the least that the rule may give; ``None`` is the rule's own, 4 for "deepspeed" and else 0.
         align: the capacity is rounded up to a multiple of this.
         drop: who is seated first. "position": the slots in their order. "probability": the largest routing weight
@@ -65,7 +56,7 @@ class Capacity:
             value = getattr(self, name)
             if not (name == "eval_factor" and value is None) and not is_finite(value):
                 raise ConfigError(f"capacity.{name}", got=value, expected="a finite number")
-        for name, known in (("rule", CAPACITY_RULES), ("drop", DROP_POLICIES), ("order", SLOT_ORDERS)):
+        for name, known in (("rule", tuple(CAPACITY_RULES)), ("drop", DROP_POLICIES), ("order", SLOT_ORDERS)):
             value = getattr(self, name)
             if value not in known and not (name == "order" and value is None):
                 expected = f"one of {list(known)}{suggest(str(value), known)}"

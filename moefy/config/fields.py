@@ -26,9 +26,9 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < float("inf")
 
 
-def is_int(value: Any, least: int) -> bool:
-    """Whether it is an int of at least ``least``."""
-    return not isinstance(value, bool) and isinstance(value, int) and value >= least
+def is_int(value: Any, least: int | None = None) -> bool:
+    """Whether it is an int, of at least ``least``."""
+    return not isinstance(value, bool) and isinstance(value, int) and (least is None or value >= least)
 
 
 def positive_int(name: str, value: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from moefy.config.aux_loss import AuxLoss
 from moefy.config.capacity import Capacity
+from moefy.config.fields import is_finite, is_int
 from moefy.config.router_spec import RouterSpec, default_top_k, router_name
 from moefy.errors import ConfigError, UnknownOption
 
@@ -42,7 +43,7 @@ class MoEConfig:
     """
 
     num_experts: int
-    top_k: int = None  # type: ignore[assignment]  # a number once it is made
+    top_k: int | None = None
     seed: int = 0
     router_std: float = 0.02
     expert_noise: float = 0.0
@@ -56,19 +57,18 @@ class MoEConfig:
             object.__setattr__(self, "top_k", default_top_k(self.router, self.num_experts))
         for name in ("num_experts", "top_k", "seed"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_int(value):
                 raise ConfigError(name, got=value, expected="an int")
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise ConfigError(
                 "num_experts", got=self.num_experts, expected=f"1 <= num_experts <= {MAX_EXPERTS}"
             )
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                "top_k", got=self.top_k, expected=f"1 <= top_k <= num_experts = {self.num_experts}"
-            )
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            expected = f"1 <= top_k <= num_experts = {self.num_experts}"
+            raise ConfigError("top_k", got=self.top_k, expected=expected)
         for name in ("router_std", "expert_noise"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            if not (is_finite(value) and value >= 0):
                 raise ConfigError(name, got=value, expected="a finite number >= 0")
         one_module = hasattr(self.router, "parameters") and not isinstance(self.router, type)
         if one_module or not (isinstance(self.router, str | RouterSpec) or callable(self.router)):
@@ -76,6 +76,12 @@ class MoEConfig:
             raise ConfigError("router", got=self.router, expected=expected)
         Capacity.of(self.capacity)
         AuxLoss.of(self.aux_loss)
+
+    @property
+    def experts_per_token(self) -> int:
+        """K: ``top_k``, which the constructor fills where nobody named it."""
+        assert self.top_k is not None
+        return self.top_k
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

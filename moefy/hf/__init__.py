@@ -1,1 +1,1 @@
-"""The Hugging Face edge: inputs from a config, models from a config file. Imported only on demand."""
+"""The Hugging Face edge: callbacks for its Trainer. Imported on demand, so that moefy runs without transformers."""

@@ -1,7 +1,7 @@
 """``log_load``: the load of the experts and the auxiliary loss in the logs of Hugging Face's Trainer.
 
-Contract: each time the Trainer logs its training loss, one more record goes through ``Trainer.log`` to all reporters,
-about the forwards since the one before. The main process alone reads its counters; nobody else waits.
+Contract: each time the Trainer logs its training loss, ``Trainer.log`` sends one more record to all reporters, about
+the forwards since the record before. Only the main process reads its counters, so no rank waits for another.
 
     >>> trainer = Trainer(model, args, train_dataset=data)                # doctest: +SKIP
     >>> log_load(trainer)
@@ -26,10 +26,10 @@ def log_load(trainer: Any, metrics: Sequence[str] = ("max_over_mean", "entropy",
 
     Args:
         trainer: a ``transformers.Trainer`` of a transformed model.
-        metrics: what is logged of each layer, of ``METRICS``.
+        metrics: the measures to log for each layer, a selection of ``METRICS``.
 
     Raises:
-        ConfigError: for a metric that does not exist.
+        ConfigError: a metric does not exist.
     """
     from transformers import TrainerCallback
 
@@ -40,10 +40,10 @@ def log_load(trainer: Any, metrics: Sequence[str] = ("max_over_mean", "entropy",
             )
 
     class LoadCallback(TrainerCallback):
-        """After the Trainer's own record of the training loss, one about the load."""
+        """Logs the load after each record of the training loss."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-            """Log, but not about the record itself."""
+            """Log the load, unless the record is the load's own."""
             if state.is_world_process_zero and logs is not None and "loss" in logs:
                 trainer.log(load_record(trainer.model, metrics))
 
@@ -51,7 +51,7 @@ def log_load(trainer: Any, metrics: Sequence[str] = ("max_over_mean", "entropy",
 
 
 def load_record(model: nn.Module, metrics: Sequence[str] = METRICS) -> dict[str, float]:
-    """The numbers since the last record, by name; counting starts again."""
+    """Read and reset the counters: load and auxiliary loss since the last call, by name."""
     report = expert_load(model, reset=True)
     busy = [layer for layer in report.layers if layer.total]
     values = {

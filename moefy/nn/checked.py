@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moefy.errors import NonFiniteScores
-from moefy.nn.load import traced
+from moefy.nn.execution import traced
 
 _depth = 0  # of nested blocks; of the process, since DataParallel and autograd run threads of their own
 

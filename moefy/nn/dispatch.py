@@ -57,7 +57,7 @@ class Handle(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """R, the rows that this rank's experts get."""
         ...
 
 
@@ -118,21 +118,21 @@ class LocalDispatcher(Dispatcher[Routing]):
     """All experts are in this process: R = T*K, and the routing itself is the plan."""
 
     def plan(self, routing: Routing) -> Routing:
-        """``routing``."""
+        """The routing, which has order and offsets already."""
         return routing
 
     def dispatch_rows(self, x_TF: Tensor, handle: Routing) -> Tensor:
-        """A gather in the routing's order."""
+        """Gather each token once per slot, in the routing's order."""
         if not x_TF.is_floating_point():  # ids and masks, which have no gradient
             return x_TF.index_select(0, handle.order // handle.top_k)
         return ops.permute(x_TF, handle.order, handle.top_k)
 
     def combine_rows(self, y_RF: Tensor, handle: Routing) -> Tensor:
-        """A weighted sum of K gathers."""
+        """Sum each token's K rows by weight."""
         return ops.combine(y_RF, handle.top_k_weights, handle.order)
 
     def row_limit(self, routing: Routing) -> int | None:
-        """The routing's capacity."""
+        """The routing's capacity, where that is an int."""
         return None if isinstance(routing.capacity, Tensor) else routing.capacity
 
     def expert_ffn(self, x_TD: Tensor, routing: Routing, **ffn: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""``InPlaceMoE``: an ``MoE`` in the place of a user's FFN module, under the names of its parameters.
+"""``InPlaceMoE``: an ``MoE`` in the place of a user's FFN module, under the names of that module's parameters.
 
-Contract: it takes the one input that the FFN took, by position or by its name, in the FFN's layout, and answers as the
-FFN did. The caller mounts the parameters and the children of the body.
+Contract: the layer takes the FFN's one input, by position or by name, in the FFN's layout, and returns what the FFN
+returned, a tensor or a pair. The caller mounts the parameters and the children of the body.
 
     mlp = InPlaceMoE(
         entries=[WeightRef("fc1.weight", "fc1.bias")], exit=WeightRef("fc2.weight", "fc2.bias"),
@@ -28,18 +28,18 @@ from moefy.nn.routers import Router
 
 
 class InPlaceMoE(MoE):
-    """An ``MoE`` out of parts that exist.
+    """An ``MoE`` made of parts that exist already.
 
     Args:
         entries: the entry linears, in the order of the body's inputs.
         exit: the exit linear.
-        body: what lies between.
+        body: the code between them.
         router: becomes ``self.router``.
         num_experts: E.
         feature_dim: the feature axis of the input: -1, or -3 for 1x1 ``nn.Conv2d``.
         returns: "tuple" answers ``(y, None)``, as Megatron's MLP does (its second value is a bias to be added).
         input_name: the forward's parameter, for callers that pass it by keyword.
-        tail: what the module did to the exit's output (dropout), on tokens.
+        tail: the module's code behind the exit (dropout), on tokens.
 
     Raises:
         ConfigError: when the body does not take as many inputs as there are entries.
@@ -81,7 +81,7 @@ class InPlaceMoE(MoE):
                 child.reset_parameters()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The one input; anything else that is not ``None`` has no meaning here."""
+        """The one input of a call; raises ``TypeError`` for any other argument that is not ``None``."""
         rest = [*args, *(value for name, value in kwargs.items() if name != self.input_name)]
         x = kwargs[self.input_name] if self.input_name in kwargs else rest.pop(0) if args else None
         if not isinstance(x, torch.Tensor) or any(value is not None for value in rest):

@@ -27,8 +27,8 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moefy.errors import RoutingError, ShapeError
-from moefy.nn.assign import assign
 from moefy.nn.dispatch import LOCAL, Dispatcher, Exchange, begin_exchange, expert_entry, expert_exit
+from moefy.nn.execution import assign
 from moefy.nn.experts.linear import ExpertLinear
 from moefy.nn.routed_rows import Mark, Ticket, mark_of, with_mark
 from moefy.nn.routers import Router
@@ -83,7 +83,7 @@ class FFNLink:
         return exchange
 
     def _forget(self) -> None:
-        """Drop what waits in eager mode."""
+        """Drop the exchange that waits in eager mode."""
         if not torch.compiler.is_dynamo_compiling():
             self.eager.exchange = None
 

@@ -207,7 +207,7 @@ class MoE(nn.Module):
 
     @property
     def top_k(self) -> int:
-        """K, experts per token."""
+        """K, experts per token: the router's."""
         return self.router.top_k
 
     @property
@@ -216,7 +216,7 @@ class MoE(nn.Module):
         return self.router.l_aux
 
     def router_parameters(self) -> Iterator[nn.Parameter]:
-        """The router's parameters."""
+        """The parameters of the router alone."""
         return self.router.parameters()
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
@@ -226,7 +226,7 @@ class MoE(nn.Module):
         return (value for value in values if isinstance(value, nn.Parameter))
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """All others, which every token passes: shared experts, their gate, a learnable activation."""
+        """All other parameters, which every token passes: shared experts, their gate, a learnable activation."""
         others = {id(p) for p in (*self.router_parameters(), *self.expert_parameters())}
         return (p for p in self.parameters() if id(p) not in others)
 
@@ -289,7 +289,7 @@ class MoE(nn.Module):
         return token_tree.map_leaves(lambda leaf: replace_rows(leaf, replace_ids, rows), y)
 
     def _with_shared(self, x: Tree, y: Tree) -> Tree:
-        """``y`` and what the shared experts add."""
+        """``y`` plus the output of the shared experts, where there are any."""
         if self.shared_experts is None:
             return y
         return y + shared_output(self.shared_experts, self.shared_gate, self._as_vectors(x)).reshape(y.shape)
@@ -307,7 +307,7 @@ class MoE(nn.Module):
         return x if axes == 1 else x.reshape(*x.shape[:-axes], self.d_model)
 
     def _run_ffn(self, x: Tree, routing: Routing) -> Tensor:
-        """The experts that are stacked weights."""
+        """The output of experts that are stacked weights."""
         x, layout = self._as_vectors(x), routing.layout
         if self.weighting == "input":
             x_ND, slots = weight_inputs(layout.to_tokens(x), routing)
@@ -321,7 +321,7 @@ class MoE(nn.Module):
         return layout.from_tokens(y_TD)
 
     def _run_modules(self, x: Tree, routing: Routing) -> Tree:
-        """The experts that are modules."""
+        """The output of experts that are modules, a tensor or a tree."""
         tokens = token_tree.flatten(x, routing.leading)
         if self.weighting == "input":
             tokens_N, slots = weight_inputs(tokens, routing)
@@ -343,7 +343,7 @@ class MoE(nn.Module):
         return self.dispatcher.combine(self.experts(rows, offsets_E, seats), handle)
 
     def extra_repr(self) -> str:
-        """Experts, top-k and body."""
+        """Number of experts, top-k and body."""
         if "experts" in self._modules:
             return f"experts={self.num_experts}, top_k={self.top_k}"
         known = self.body.known

@@ -25,7 +25,8 @@ import torch
 
 from moefy import ops
 from moefy.config import AuxLoss, Capacity
-from moefy.nn.load import LoadCounter, exporting, in_backward
+from moefy.nn.counters import LoadCounter
+from moefy.nn.execution import exporting, in_backward
 from moefy.nn.losses.layer import AuxState, Injected, layer_loss
 from moefy.nn.routing.capacity import DEFAULT_CAPACITY, Seats, seat
 from moefy.nn.routing.layout import TokenLayout

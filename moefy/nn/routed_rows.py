@@ -57,13 +57,13 @@ class RoutedRows(torch.Tensor):
         return rewrap(out, mark)
 
     def split(self, split_size: Any, dim: int = 0) -> Any:  # type: ignore[override]
-        """``torch.split``: Dynamo cannot call what ``torch.Tensor`` defines in Python on a subclass."""
+        """``torch.split``, since Dynamo cannot call on a subclass what ``torch.Tensor`` defines in Python."""
         if torch.compiler.is_dynamo_compiling():
             return torch.split(self, split_size, dim)
         return super().split(split_size, dim)
 
     def unflatten(self, dim: Any, sizes: Any) -> Any:  # type: ignore[override]
-        """``torch.unflatten``, as ``split``."""
+        """``torch.unflatten``, for the same reason as ``split``."""
         if torch.compiler.is_dynamo_compiling():
             return torch.unflatten(self, dim, sizes)
         return super().unflatten(dim, sizes)
@@ -94,7 +94,7 @@ OPERATORS = {
 
 
 def with_mark(rows: torch.Tensor, mark: Mark) -> RoutedRows:
-    """``rows`` as ``RoutedRows`` that carry ``mark``."""
+    """``rows`` as ``RoutedRows`` that carry ``mark``; a view of the same tensor."""
     admit_to_compiled_frames()
     routed = rows.as_subclass(RoutedRows)
     routed.moefy_mark = mark
@@ -121,7 +121,7 @@ admit_to_compiled_frames._dynamo_marked_constant = True  # type: ignore[attr-def
 
 
 def mark_of(rows: Any) -> Mark | None:
-    """The mark that ``rows`` carry, or ``None``."""
+    """The mark that ``rows`` carry; ``None`` for a tensor that carries none."""
     return getattr(rows, "moefy_mark", None) if isinstance(rows, RoutedRows) else None
 
 

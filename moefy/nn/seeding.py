@@ -1,10 +1,10 @@
-"""Parameters drawn from a seed of their own, the global random state left as it was.
+"""Parameters drawn from a seed of their own; the global random state stays as it was.
 
     >>> with seeded(3, "experts"):
     ...     layer = nn.Linear(4, 4)          # the same on every rank and in every run
 
-Ranks agree as far as their devices draw alike. Tutel's ``seeds=(shared, local, after)`` set the global generator; here
-nothing has to be restored.
+Ranks of one kind of device draw the same values. Tutel's ``seeds=(shared, local, after)`` set the global generator;
+here it is untouched.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def seeded(seed: int | None, name: str, device: Any = None) -> Iterator[None]:
 
     Args:
         seed: the seed.
-        name: what is drawn, so that parts of a layer differ.
-        device: where; the default device otherwise.
+        name: of the parameters, so that parts of a layer differ.
+        device: the device to draw on; by default torch's default device.
     """
     if seed is None:
         yield

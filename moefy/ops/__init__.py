@@ -9,7 +9,6 @@ them; ``reference`` holds the plain torch twin of each.
     >>> out_TH = combine(rows_NH, top_k_weights_TK, order_N)
 """
 
-from moefy.ops.activations import ACTIVATIONS, Activation
 from moefy.ops.combine import combine
 from moefy.ops.expert_ffn import expert_ffn
 from moefy.ops.first_run import first_run
@@ -19,6 +18,7 @@ from moefy.ops.permute import permute
 from moefy.ops.sort import sort_by_expert
 from moefy.ops.top_k import top_k_softmax
 from moefy.records import GLU, GLU_FORMS
+from moefy.triton_ops.shared.activations import ACTIVATIONS, Activation
 
 __all__ = [
     "ACTIVATIONS",

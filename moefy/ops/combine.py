@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from moefy.ops import checks
-from moefy.ops.cuda.rows import by_triton, combine_cuda
+from moefy.ops.cpu.sums import accumulation_dtype, weighted_sum
+from moefy.ops.cuda.choose import by_triton
+from moefy.ops.cuda.rows import combine_cuda
 from moefy.ops.library import differentiable, register
-from moefy.ops.permute import accumulation_dtype, weighted_sum
 
 
 def _kernel(y_ND: Tensor, top_k_weights_TK: Tensor, order_N: Tensor) -> Tensor:

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from moefy.errors import ConfigError, ShapeError
 from moefy.ops import checks
-from moefy.ops.activations import ACTIVATIONS
 from moefy.ops.combine import combine
-from moefy.ops.cpu.ffn import ffn_backward_kernel, ffn_kernel, halves
-from moefy.ops.cpu.parts import Layer
+from moefy.ops.cpu.ffn import ffn_backward_kernel, ffn_kernel
+from moefy.ops.cuda.choose import by_triton
 from moefy.ops.cuda.ffn import ffn_backward_cuda, ffn_cuda
-from moefy.ops.cuda.rows import by_triton
+from moefy.ops.ffn_args import FFNArgs, halves
 from moefy.ops.grouped_linear import grouped_linear
 from moefy.ops.library import autocast_off, differentiable, register
 from moefy.ops.permute import permute
 from moefy.records import GLU, GLU_FORMS
+from moefy.triton_ops.shared.activations import ACTIVATIONS
 
 _ARGS = (
     "Tensor x, Tensor top_k_weights, Tensor order, Tensor offsets, Tensor? w_gate, Tensor? b_gate, "
@@ -44,13 +44,12 @@ _DIFFERENTIABLE = (0, 1, 4, 5, 6, 7, 8, 9)
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *layer_args, save, _ = args
-    layer = Layer._make(layer_args)
+    layer = FFNArgs._make(layer_args)
     rows, x_TD = layer.order_N.shape[0], layer.x_TD
-    has_first = save and (layer.w_gate is not None or layer.saves_acted)
-    first_shape = (rows, layer.w_down.shape[2]) if has_first else (0,)
+    second_shape = (rows, layer.w_down.shape[2]) if save and layer.saves_second else (0,)
     up_shape = (rows, layer.w_up.shape[1]) if save else (0,)
     out_TD = x_TD.new_empty((x_TD.shape[0], layer.w_down.shape[1]))
-    return out_TD, x_TD.new_empty(first_shape), x_TD.new_empty(up_shape)
+    return out_TD, x_TD.new_empty(second_shape), x_TD.new_empty(up_shape)
 
 
 def _backward_fake(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -99,7 +98,7 @@ def _double_backward(ctx: Any, *gg: Tensor | None) -> tuple[Tensor | None, ...]:
     with torch.enable_grad(), autocast_off(ctx.saved_tensors[0].device.type):
         alias = [_alias(t, keep_graph) for t in ctx.saved_tensors]
         inputs = {1 + i: a for i in _DIFFERENTIABLE if (a := alias[1 + i]) is not None}
-        out_TD = composed(Layer._make((*alias[1:], ctx.activation, ctx.glu)))
+        out_TD = composed(FFNArgs._make((*alias[1:], ctx.activation, ctx.glu)))
         first = torch.autograd.grad(out_TD, [inputs[p] for p in asked], alias[0], create_graph=True)
         second = torch.autograd.grad(
             first,
@@ -121,7 +120,7 @@ def _alias(value: Any, keep_graph: bool) -> Any:
     return value.detach().requires_grad_()
 
 
-def composed(layer: Layer) -> Tensor:
+def composed(layer: FFNArgs) -> Tensor:
     """The same function out of ``permute``, ``grouped_linear`` and ``combine``."""
     act = ACTIVATIONS[layer.activation].forward
     rows_ND = permute(layer.x_TD, layer.order_N, layer.weights_TK.shape[1])
@@ -194,7 +193,7 @@ def expert_ffn(
         ShapeError, DtypeError, DeviceError: for tensors that are not as above.
         RoutingError: for an order or offsets that address rows that do not exist (CPU).
     """
-    layer = Layer(
+    layer = FFNArgs(
         x_TD, top_k_weights_TK, order_N, offsets_E, w_gate, b_gate, w_up, b_up, w_down, b_down,
         activation, glu,
     )  # fmt: skip
@@ -206,7 +205,7 @@ def expert_ffn(
     return _op(*layer, save, True)[0]
 
 
-def _check_options(layer: Layer) -> None:
+def _check_options(layer: FFNArgs) -> None:
     if layer.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ConfigError("activation", got=layer.activation, expected=f"one of {known}")
@@ -219,7 +218,7 @@ def _check_options(layer: Layer) -> None:
         raise ConfigError("b_gate", got="a tensor", expected="None where there is no w_gate")
 
 
-def _check_routing(layer: Layer) -> None:
+def _check_routing(layer: FFNArgs) -> None:
     op, x_TD, weights_TK, order_N = "expert_ffn", layer.x_TD, layer.weights_TK, layer.order_N
     checks.shape(op, "x", x_TD, "[T, D]", 2)
     checks.floating(op, "x", x_TD)
@@ -232,7 +231,7 @@ def _check_routing(layer: Layer) -> None:
     checks.size(op, "order length", order_N.shape[0], weights_TK.numel(), "T * K")
 
 
-def _check_entries(layer: Layer) -> None:
+def _check_entries(layer: FFNArgs) -> None:
     op, w_up, w_gate = "expert_ffn", layer.w_up, layer.w_gate
     checks.linear(op, "x", layer.x_TD, "w_up", w_up, "b_up", layer.b_up)
     checks.offsets(op, "x", layer.x_TD, layer.offsets_E, w_up.shape[0])
@@ -242,7 +241,7 @@ def _check_entries(layer: Layer) -> None:
         checks.size(op, "w_gate.shape[1]", w_gate.shape[1], w_up.shape[1], "w_up.shape[1]")
 
 
-def _check_exit(layer: Layer) -> None:
+def _check_exit(layer: FFNArgs) -> None:
     op, w_down, width = "expert_ffn", layer.w_down, layer.w_up.shape[1]
     if layer.glu.startswith("merged"):
         if width % 2:

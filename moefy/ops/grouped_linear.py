@@ -21,7 +21,8 @@ from torch import Tensor
 from moefy.ops import checks
 from moefy.ops.cpu.layout import Bounds, Layout, layout_for
 from moefy.ops.cpu.products import outer_products, row_sums, rows_times
-from moefy.ops.cuda.rows import by_triton, grouped_linear_backward_cuda, grouped_linear_cuda
+from moefy.ops.cuda.choose import by_triton
+from moefy.ops.cuda.rows import grouped_linear_backward_cuda, grouped_linear_cuda
 from moefy.ops.library import differentiable, register
 
 

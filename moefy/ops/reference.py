@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefy.ops.activations import ACTIVATIONS
+from moefy.triton_ops.shared.activations import ACTIVATIONS
 
 
 def top_k_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,15 @@
 The saved rows are the largest tensors of a layer, and the gradients of the pre-activations may take their place: with
 OLMoE's shapes that is 1 GiB.
 
-Contract: whoever takes the rows gets them as they were saved, or none and computes them again. So nobody sees that they
+Contract: who claims the rows gets them as they were saved, or none and computes them again. So nobody sees that they
 were written over, and the backward stays a function of its arguments: a compiler may order its calls as it likes, and
 may give two backwards the rows of one forward where it has merged two equal ones. Whether the graph is kept is asked
 when the op runs, since a trace does not know it. The version counter of the rows carries the answer, as it is the one
 mark that autograd and compiled code hand on with a tensor; copies do not have it.
 
     >>> rows_NH = torch.ones(2, 1)
-    >>> give(rows_NH)
-    >>> take(torch.empty(0), rows_NH).mine      # not in a backward
+    >>> promise_private(rows_NH)
+    >>> claim(torch.empty(0), rows_NH).overwrite     # not in a backward
     False
 """
 
@@ -28,33 +28,39 @@ GIVEN = 1 << 29
 OVERWRITTEN = 1 << 30
 
 
-class Saved(NamedTuple):
-    """The saved rows, None where there are none; ``mine``: the caller may write to all there are."""
+class SavedRows(NamedTuple):
+    """What the backward gets.
 
-    first: Tensor | None
+    Attributes:
+        gate_or_acted: [N, H], a separate gate's pre-activations, or the activations; None where neither was saved.
+        up: [N, P], the pre-activations of the other, or of a merged, entry; None where nothing was saved.
+        overwrite: whether the caller may write to them.
+    """
+
+    gate_or_acted: Tensor | None
     up: Tensor | None
-    mine: bool
+    overwrite: bool
 
 
-def give(*rows: Tensor) -> None:
+def promise_private(*rows: Tensor) -> None:
     """Say of the results of a forward that nothing but its backward will read them."""
     if not any(r.is_inference() for r in rows):  # these have no version, nor a backward
         _set_version(rows, GIVEN)
 
 
-def take(first_rows: Tensor, up_rows: Tensor) -> Saved:
+def claim(second_rows: Tensor, up_rows: Tensor) -> SavedRows:
     """The rows for one backward, which from then on are its own if nothing else needs them.
 
     Args:
-        first_rows: [N, H], or [0] where there are none.
+        second_rows: [N, H], or [0] where there are none.
         up_rows: [N, P], or [0] where nothing was saved.
     """
     if up_rows.dim() == 1 or up_rows._version >= OVERWRITTEN:
-        return Saved(None, None, mine=True)
-    mine = up_rows._version >= GIVEN and _graph_is_freed()
-    if mine:
-        _set_version((first_rows, up_rows), OVERWRITTEN)
-    return Saved(None if first_rows.dim() == 1 else first_rows, up_rows, mine)
+        return SavedRows(None, None, overwrite=True)
+    overwrite = up_rows._version >= GIVEN and _graph_is_freed()
+    if overwrite:
+        _set_version((second_rows, up_rows), OVERWRITTEN)
+    return SavedRows(None if second_rows.dim() == 1 else second_rows, up_rows, overwrite)
 
 
 def _graph_is_freed() -> bool:

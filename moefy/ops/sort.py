@@ -12,15 +12,12 @@ Contract: ``order[r]`` is the slot that becomes sorted row r; rows of one expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moefy.errors import ShapeError
 from moefy.ops import checks
-from moefy.ops.cuda.rows import recorded
+from moefy.ops.cuda.routing import sort_cuda
 from moefy.ops.library import register
 
 MAX_ROWS = 2**31 - 1
@@ -45,21 +42,6 @@ def _kernel(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order_N, torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
 
 
-def _cuda(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    from moefy.triton_ops import sort as kernels
-
-    if num_experts > kernels.MAX_EXPERTS:
-        return _kernel(top_k_index_TK, num_experts)
-    order_N, offsets_E = recorded(_launches)((_slot_ids(top_k_index_TK).contiguous(),), (num_experts,))
-    return order_N, offsets_E
-
-
-def _launches(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    from moefy.triton_ops import sort as kernels
-
-    return kernels.sort_by_expert(*tensors, *options)[:2]
-
-
 def _fake(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order_N = top_k_index_TK.new_empty(top_k_index_TK.numel(), dtype=torch.int64)
     return order_N, top_k_index_TK.new_empty(num_experts, dtype=torch.int32)
@@ -68,7 +50,7 @@ def _fake(top_k_index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 _op = register(
     "sort_by_expert(Tensor top_k_index, SymInt num_experts) -> (Tensor, Tensor)",
     kernel=_kernel,
-    cuda=_cuda,
+    cuda=sort_cuda(_kernel, _slot_ids),
     fake=_fake,
 )
 

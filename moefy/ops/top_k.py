@@ -21,8 +21,9 @@ from torch import Tensor
 
 from moefy.errors import ConfigError
 from moefy.ops import checks
+from moefy.ops.cpu.sums import accumulation_dtype
+from moefy.ops.cuda.routing import top_k_backward_cuda, top_k_cuda
 from moefy.ops.library import autocast_off, differentiable, register
-from moefy.ops.permute import accumulation_dtype
 
 
 def _kernel(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -44,14 +45,6 @@ def _largest(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return sorted_TE[:, :top_k], index_TE[:, :top_k].contiguous()
 
 
-def _cuda(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    from moefy.triton_ops import top_k as kernels
-
-    if not kernels.supported(logits_TE.dtype, logits_TE.shape[1], top_k):
-        return _kernel(logits_TE, top_k)
-    return kernels.top_k_softmax(logits_TE, top_k)
-
-
 def _fake(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     shape = (logits_TE.shape[0], top_k)
     return logits_TE.new_empty(shape), logits_TE.new_empty(shape, dtype=torch.int64)
@@ -66,14 +59,6 @@ def _backward_kernel(grad_TK: Tensor, weights_TK: Tensor, index_TK: Tensor, num_
     dtype = accumulation_dtype(weights_TK)
     chosen_TK = _softmax_backward(grad_TK.to(dtype), weights_TK.to(dtype)).to(weights_TK.dtype)
     return weights_TK.new_zeros((weights_TK.shape[0], num_experts)).scatter_(1, index_TK, chosen_TK)
-
-
-def _backward_cuda(grad_TK: Tensor, weights_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
-    from moefy.triton_ops import top_k as kernels
-
-    if not kernels.supported(weights_TK.dtype, num_experts, weights_TK.shape[1]):
-        return _backward_kernel(grad_TK, weights_TK, index_TK, num_experts)
-    return kernels.top_k_softmax_backward(grad_TK, weights_TK, index_TK, num_experts)
 
 
 def _backward_fake(grad_TK: Tensor, weights_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
@@ -107,12 +92,15 @@ def _double_backward(ctx: Any, gg_TE: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _op = register(
-    "top_k_softmax(Tensor logits, int top_k) -> (Tensor, Tensor)", kernel=_kernel, cuda=_cuda, fake=_fake
+    "top_k_softmax(Tensor logits, int top_k) -> (Tensor, Tensor)",
+    kernel=_kernel,
+    cuda=top_k_cuda(_kernel),
+    fake=_fake,
 )
 _backward_op = register(
     "top_k_softmax_backward(Tensor grad, Tensor weights, Tensor index, SymInt num_experts) -> Tensor",
     kernel=_backward_kernel,
-    cuda=_backward_cuda,
+    cuda=top_k_backward_cuda(_backward_kernel),
     fake=_backward_fake,
 )
 differentiable(_op, setup=_setup, backward=_backward)

@@ -1,4 +1,4 @@
-"""``KnownBody``: what lies between the entries and the exit of an FFN, when the fused op computes it by itself.
+"""``KnownBody``: what lies between the entries and the exit of an FFN, when the fused op knows it.
 
 >>> KnownBody("silu", "separate", gate=1)           # up(x), then gate(x): up * silu(gate)
 KnownBody(activation='silu', glu='separate', gate=1)
@@ -15,7 +15,7 @@ GLU_FORMS: tuple[GLU, ...] = ("none", "separate", "merged_gate_first", "merged_g
 
 @dataclasses.dataclass(frozen=True)
 class KnownBody:
-    """A body that ``moefy.ops.expert_ffn`` has fused.
+    """A body that ``moefy.ops.expert_ffn`` computes.
 
     Attributes:
         activation: key of ``moefy.ops.ACTIVATIONS``.

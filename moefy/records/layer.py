@@ -1,4 +1,8 @@
-"""``LayerRecord``: what became of one candidate, in numbers."""
+"""``LayerRecord``: what became of one candidate, in numbers.
+
+>>> record.action, record.params_dense, record.params_total           # 8 experts and a router of width 64
+('moe', 33088, 265216)
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,25 @@ NOT_EXACT = "not exact"
 class LayerRecord:
     """What became of one candidate.
 
-    ``params_dense``, ``params_total`` and ``params_active`` count the layer's weights before, after, and those that one
-    token uses. ``flops_dense`` and ``flops_active`` are forward FLOPs per token (2 per multiply-add).
+    Attributes:
+        fqn: name of the module whose whole forward is the FFN, else of the deepest module that holds its linears.
+        action: ``"moe"`` for an FFN that is, or would be, rewritten; ``"skipped"`` for one that stays dense.
+        reason: why the candidate is skipped, in words; None for ``"moe"``.
+        code: the short stable name of ``reason``, such as ``"no-residual"``.
+        kind: ``"mlp"``, or ``"glu"`` with a gate.
+        activation: name of the activation.
+        form: whether a module, a module's linears, or graph nodes are rewritten.
+        d_model: D, the width of a token.
+        d_hidden: H, the hidden width of an expert.
+        num_experts: E; 0 for a skipped candidate, and where no number of experts was asked for.
+        top_k: K; 0 likewise.
+        calls: how often one forward runs the FFN.
+        params_dense: weights of the dense FFN.
+        params_total: weights of the layer: all experts and the router.
+        params_active: weights that one token uses: K experts and the router.
+        flops_dense: forward FLOPs per token of the dense FFN, 2 per multiply-add.
+        flops_active: the same of the layer, router included.
+        exactness: how near the rewritten model's output is to the dense one, in words.
     """
 
     fqn: str

@@ -1,4 +1,8 @@
-"""``FFNMatch``: one feed-forward candidate that the matcher saw, accepted or refused."""
+"""``FFNMatch``: one feed-forward candidate that the matcher saw, accepted or refused.
+
+>>> moefy.find(model)[0].fqn, moefy.find(model)[0].activation          # doctest: +SKIP
+('layers.0.mlp', 'silu')
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,22 @@ Form = Literal["module", "linears", "graph"]
 class FFNMatch:
     """One feed-forward candidate of a model.
 
-    ``fqn`` is the owner whose whole forward is the FFN when there is one (``form == "module"``), else the deepest
-    module that holds all its linears. ``reason`` is ``None`` when the FFN can be rewritten, else it says why not, and
-    ``code`` is the reason's stable short name ("no-residual", "norm-between", ...). ``multiply_adds`` are per token and
-    call.
+    Attributes:
+        fqn: name of the module whose whole forward is the FFN (``form == "module"``), else of the deepest module that
+            holds all its linears.
+        entries: names of the linears that read the FFN's input.
+        exit: name of the linear that writes its output.
+        kind: ``"mlp"``, or ``"glu"`` with a gate.
+        activation: name of the activation.
+        d_model: D, the width of a token.
+        d_hidden: H, the width between entries and exit.
+        bias: whether a linear has a bias.
+        form: what a rewrite would replace: the module, its linears in place, or nodes of the caller's graph.
+        calls: how often one forward runs the FFN.
+        params: elements of its weights and biases.
+        multiply_adds: per token and call.
+        reason: why the FFN cannot be rewritten, in words; None if it can.
+        code: the short stable name of ``reason``: ``"no-residual"``, ``"norm-between"``, ...
     """
 
     fqn: str
@@ -42,4 +58,4 @@ class FFNMatch:
 
 
 Selection = str | Sequence[str] | Callable[[FFNMatch], bool] | None
-"""Which candidates are meant: FQN globs, or a predicate."""
+"""Which candidates to take: FQN globs, or a predicate."""

@@ -25,7 +25,7 @@ from torch import nn
 
 from moefy.errors import NoMoELayer
 from moefy.nn import Router
-from moefy.nn.load import LOSSES
+from moefy.nn.counters import LOSSES
 from moefy.reports.base import SCHEMA_VERSION, Report
 from moefy.reports.text import tables
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moefy.config.fields import is_int
 from moefy.errors import ConfigError
 from moefy.reports.expert_load import layer_name, outer_routers
 
@@ -37,7 +38,7 @@ class LoadHistory:
     """
 
     def __init__(self, model: nn.Module, *, every: int = 1) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not is_int(every, 1):
             raise ConfigError("every", got=every, expected="an int >= 1")
         self._routers = {layer_name(name): router for name, router in outer_routers(model).items()}
         self.every, self.steps = every, [0]

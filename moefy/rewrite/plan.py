@@ -123,7 +123,7 @@ def _planned(match: FFNMatch, config: MoEConfig, method: Method, router: Router)
     return dataclasses.replace(
         _found(match),
         num_experts=config.num_experts,
-        top_k=config.top_k,
+        top_k=config.experts_per_token,
         params_total=method.params_total(match) + scorer,
         params_active=method.params_active(match) + scorer,
         flops_active=2 * match.calls * (method.multiply_adds_active(match) + scorer),

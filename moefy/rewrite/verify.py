@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.capture import Part
+from moefy.capture.runs import Part
 from moefy.errors import CheckFailed
 from moefy.model.compare import Comparison, compare
 from moefy.model.run_quietly import quiet

@@ -1,7 +1,7 @@
 """The pass that writes MoE into a caller's graph: entry, body and exit nodes become routed ones.
 
     linear(x, w1) -> gelu -> linear(., w2)
-    exchange = route_by(router, x) -> expert_entry(x, W1, ., exchange) -> gelu -> expert_exit(., W2, ., exchange)
+    exchange = route_by(router, x) -> expert_entries(x, [W1], exchange) -> gelu -> expert_exit(., W2, exchange)
 
 The router is a ``get_attr`` node of its module, so that any router does. The weights are ``get_attr`` nodes under their
 dense FQNs, which by then hold stacked experts. Preserves numerics to rounding when the experts are copies and the
@@ -11,6 +11,7 @@ router's weights sum to 1.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -99,10 +100,9 @@ def _rewrite(graph: fx.Graph, copies: dict[fx.Node, fx.Node], match: GraphMatch,
     with graph.inserting_before(last):
         router = graph.get_attr(match.router)
         exchange = _leaf(graph, dispatch.route_by, (router, x), {"feature_dim": axis})
-        rows = [
-            _leaf(graph, dispatch.expert_entry, (x, *_weights(graph, entry.weight, entry.bias), exchange))
-            for entry in region.entries
-        ]
+        linears = [_weights(graph, entry.weight, entry.bias) for entry in region.entries]
+        entries = _leaf(graph, dispatch.expert_entries, (x, linears, exchange))
+        rows = [graph.call_function(operator.getitem, (entries, i)) for i in range(len(linears))]
         body = body_graph(match.trace, region, "")
         inner: dict[fx.Node, fx.Node] = dict(
             zip((n for n in body.nodes if n.op == "placeholder"), rows, strict=True)

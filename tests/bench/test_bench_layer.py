@@ -20,7 +20,7 @@ from torch import Tensor
 from moefy.bench.layer import providers as layer_providers
 from moefy.bench.layer import run as layer
 from moefy.bench.layer.contract import (
-    Layer,
+    BoundLayer,
     Provider,
     Unsupported,
     expert_loop,
@@ -202,7 +202,7 @@ def test_sonic_s_layout_has_an_inverse():
 
 
 def failing(message: str) -> Provider:
-    def build(inputs: Inputs) -> Layer:
+    def build(inputs: Inputs) -> BoundLayer:
         raise RuntimeError(message)
 
     return Provider(name="broken", build=build)

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import moefy
 from integration.aux_models import AUX, pair
 from integration.models import batch, call, dense, moe, randomize, routers, scalar, transformed
-from moefy.nn.losses.balance import GlobalCounts, switch
+from moefy.nn.losses import GlobalCounts, switch
 
 NAMES = ("aligned", "inline", "glu", "encoder")
 STEPS = 2

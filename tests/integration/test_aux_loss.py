@@ -404,10 +404,10 @@ def test_bad_options(options: Any) -> None:
 
 
 def test_the_config_knows_all_balance_losses() -> None:
-    from moefy.config import BALANCE_NAMES
+    from moefy.config.aux_loss import BALANCE
 
-    assert set(BALANCE_NAMES) == set(losses.BALANCE_LOSSES)
-    for name in BALANCE_NAMES:
-        if name not in losses.COUNTED:
+    assert set(BALANCE) == set(losses.BALANCE_LOSSES)
+    for name, facts in BALANCE.items():
+        if not facts.counted:
             with pytest.raises(ConfigError, match="scope"):
                 AuxLoss(balance=name, scope="global_batch")

@@ -38,10 +38,10 @@ class Sent:
 
 
 class BySlot(Dispatcher[Sent]):
-    """Moves rows by a list of slots, and counts its plans."""
+    """Moves rows by a list of slots, and counts its plans and the matrices that it dispatched."""
 
     def __init__(self) -> None:
-        self.plans = 0
+        self.plans, self.dispatched = 0, 0
 
     def rows_of(self, routing: Routing, expert: int, ids: list[int]) -> list[int]:
         """The slots of ``expert`` in the order of its rows."""
@@ -60,6 +60,7 @@ class BySlot(Dispatcher[Sent]):
         return Sent(torch.tensor(ends, dtype=torch.int32), slots, routing.top_k_weights)
 
     def dispatch_rows(self, x_TF: Tensor, handle: Sent) -> Tensor:
+        self.dispatched += 1
         top_k = handle.weights_TK.shape[1]
         tokens = [
             max(slot, 0) // top_k for slot in handle.slots

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefy.config import CAPACITY_RULES, Capacity, MoEConfig
+import moefy
+from moefy.config import CAPACITY_RULES, Capacity, CapacityRule, MoEConfig
 from moefy.errors import ConfigError, UnknownOption
 from moefy.nn import Router
-from moefy.nn.routing.capacity import RULES, expert_capacity, queue_ranks, seat
+from moefy.nn.routing.capacity import expert_capacity, queue_ranks, seat
 from moefy.nn.routing.routing import Choice
 
 D, H, E, K = 8, 12, 4, 2
@@ -143,7 +144,7 @@ def test_equal_weights_are_seated_in_order() -> None:
      ("fastmoe_gshard", "token"), ("fastmoe_switch", "token"), ("fastmoe_dc", "token")],
 )  # fmt: skip
 def test_each_rule_has_its_order(rule: str, order: str) -> None:
-    own = queue_ranks(torch.tensor(INDEX), 3, RULES[rule].order)
+    own = queue_ranks(torch.tensor(INDEX), 3, CAPACITY_RULES[rule].order)
     # expert 1's queue: 0b 2a 4a 5a by token, 2a 4a 5a 0b by choice
     assert own[:, 1].tolist()[0] == (0 if order == "token" else 3)
 
@@ -260,4 +261,16 @@ def test_bad_capacities() -> None:
 def test_what_drops_nothing() -> None:
     assert Capacity(factor=0).dropless and Capacity(factor=0, eval_factor=0).dropless
     assert not Capacity(factor=0, eval_factor=1.0).dropless and not Capacity(factor=-1).dropless
-    assert set(RULES) == set(CAPACITY_RULES)
+
+
+def test_a_rule_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = CapacityRule(lambda f, t, k, e, _: 2, "token")
+    monkeypatch.setitem(CAPACITY_RULES, "two_seats", rule)
+    capacity = Capacity(rule="two_seats")
+    config = MoEConfig(num_experts=3, capacity=capacity)
+    assert MoEConfig.from_json(config.to_json()) == config
+    layer = moefy.MoE(4, 8, 3, top_k=1, capacity=capacity)
+    seen = []
+    layer.router.register_forward_hook(lambda module, args, routing: seen.append(routing))
+    layer(torch.randn(50, 4))
+    assert seen[0].tokens_per_expert.max() == 2 and seen[0].capacity == 2

@@ -174,6 +174,9 @@ def test_another_dispatcher_gives_the_same_numbers(
     assert_equal(outcome(twin, x), (output, placed(gradients, ORDER)))
     assert not fused
     assert dispatcher.plans == 1, "one plan per call, whatever the number of entries or leaves"
+    # Two leaves; or two entries with a user's code between them, which may write to their source.
+    twice = ("trees", "inline, two entries", "inline, bare")
+    assert dispatcher.dispatched == (2 if form in twice else 1)
 
 
 @forms

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import moefy
 from moefy.config import AuxLoss, Capacity
 from moefy.nn import MoE, Router
-from moefy.nn.load import LoadCounter
+from moefy.nn.counters import LoadCounter
 
 D, E, K = 8, 4, 2
 

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from moefy.config import AuxLoss
+from moefy.config.aux_loss import BALANCE
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn import MoE, losses
-from moefy.nn.losses.balance import AFTER_DROPS, BALANCE_LOSSES, COUNTED, GlobalCounts, per_sequence
+from moefy.nn.losses import BALANCE_LOSSES, GlobalCounts, per_sequence
 from moefy.ops import sort_by_expert
 
 T, E, K = 12, 4, 2
 UNIFORM = {"switch": 1.0, "megatron": 1.0, "megablocks": 1.0, "gshard": 1.0, "tutel_gshard": 1.0, "deepspeed": 1.0,
            "mixtral": 2.0, "importance": 0.0, "fastmoe_gshard": 1.0, "fastmoe_switch": 0.5}  # fmt: skip
+AFTER_DROPS = frozenset(name for name, facts in BALANCE.items() if facts.after_drops)
+COUNTED = frozenset(name for name, facts in BALANCE.items() if facts.counted)
 COLLAPSED = {name: float(E) for name in BALANCE_LOSSES}  # K = 1: all tokens to one expert with certainty
 
 
@@ -161,15 +164,15 @@ def test_load(top_k: int) -> None:
             others = sorted((noisy[t, j].item() for j in range(E) if j != e), reverse=True)
             z = (clean[t, e] - others[top_k - 1]) / std[t, e]
             sums[e] += phi(z.item()) * mask[t].item()
-    got = losses.load(clean, noisy, std, top_k, mask_T=mask)
+    got = losses.smooth_load(clean, noisy, std, top_k, mask_T=mask)
     assert got.item() == pytest.approx(cv2(sums), rel=1e-10)
     inputs = [v.clone().requires_grad_() for v in (clean, noisy, std)]
-    assert torch.autograd.gradcheck(lambda c, n, s: losses.load(c, n, s, top_k, mask_T=mask), inputs)
+    assert torch.autograd.gradcheck(lambda c, n, s: losses.smooth_load(c, n, s, top_k, mask_T=mask), inputs)
 
 
 def test_load_of_all_experts_is_balanced() -> None:
-    assert losses.load(torch.randn(T, E), torch.randn(T, E), 1.0, E).item() == 0
-    assert losses.load(torch.zeros(T, 1), torch.zeros(T, 1), 1.0, 1).item() == 0
+    assert losses.smooth_load(torch.randn(T, E), torch.randn(T, E), 1.0, E).item() == 0
+    assert losses.smooth_load(torch.zeros(T, 1), torch.zeros(T, 1), 1.0, 1).item() == 0
 
 
 @pytest.mark.parametrize("name", ["load_importance", "tutel_load_importance"])
@@ -278,7 +281,7 @@ def test_one_graph_for_all_lengths() -> None:
     def every(scores: Tensor, index: Tensor, mask: Tensor) -> Tensor:
         values = [loss(scores, index, E, mask_T=mask) for loss in BALANCE_LOSSES.values()]
         values.append(per_sequence(losses.switch, scores, index, E, sequences=2, mask_T=mask))
-        values += [losses.load(scores, scores + 0.1, 1.0, K), losses.z_loss(scores)]
+        values += [losses.smooth_load(scores, scores + 0.1, 1.0, K), losses.z_loss(scores)]
         values.append(losses.switch(scores, index, E, reduce=GlobalCounts(past=torch.ones(E + 1))))
         return torch.stack(values)
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from moefy import ops
+from moefy.ops.cpu import expert_groups as grouping
 from moefy.ops.cpu import layout as row_layout
-from moefy.ops.cpu import parts as expert_parts
+from moefy.ops.cpu.expert_groups import expert_groups
 from moefy.ops.cpu.layout import Batch, InRows
-from moefy.ops.cpu.parts import Layer, parts
+from moefy.ops.ffn_args import FFNArgs
 
 T, D, H, E, K = 11, 6, 8, 5, 2
 
@@ -62,23 +63,23 @@ def test_a_kept_graph_gives_the_same_again(glu, activation, call, monkeypatch):
 def test_parts_and_layouts_change_nothing(glu, activation, chunk_bytes, call, monkeypatch):
     monkeypatch.setattr(row_layout, "CALL", -1)
     at_once = step(glu, activation)
-    monkeypatch.setattr(expert_parts, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(grouping, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(row_layout, "CALL", call)
     for got, expected in zip(step(glu, activation), at_once, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def five_experts(bounds: list[tuple[int, int]], rows: int, **sizes: int) -> list[expert_parts.Part]:
+def five_experts(bounds: list[tuple[int, int]], rows: int, **sizes: int) -> list[grouping.ExpertGroup]:
     order_N = torch.arange(rows)
-    layer = Layer(
+    layer = FFNArgs(
         torch.empty(rows, D), torch.ones(rows, 1), order_N, order_N[:E], None, None,
         torch.empty(E, D, D), None, torch.empty(E, D, D), None, "relu", "none",
     )  # fmt: skip
-    return parts(layer, bounds, **{"products": 1, "saved": 0, **sizes})
+    return expert_groups(layer, bounds, **{"products": 1, "saved": 0, **sizes})
 
 
 def test_every_row_and_expert_is_in_one_part(monkeypatch):
-    monkeypatch.setattr(expert_parts, "CHUNK_BYTES", 3 * D * 4)  # three rows
+    monkeypatch.setattr(grouping, "CHUNK_BYTES", 3 * D * 4)  # three rows
     monkeypatch.setattr(row_layout, "CALL", -1)
     found = five_experts([(0, 2), (2, 3), (3, 9), (9, 9), (9, 10)], rows=12)
     assert [(p.experts.start, p.experts.stop) for p in found] == [(0, 2), (2, 3), (3, 5)]

@@ -112,7 +112,7 @@ def layer_arguments(glu, dtype, tokens_, seed):
 def test_replayed_launches_give_the_same_bits(glu, dtype, tokens_):
     """Launches are repeated from the third call on; other tensors and another routing come out as by launching anew."""
     from moefy.ops.cuda import ffn as cuda_ffn
-    from moefy.ops.cuda.rows import recorded
+    from moefy.ops.cuda.choose import recorded
 
     mask = [True, True, glu == "separate", False, True, False, True, False]
     tapes = [recorded(f)._tapes for f in (cuda_ffn._forward, cuda_ffn._backward)]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from moefy.ops.cpu import ffn as expert_kernels
-from moefy.ops.saved_rows import Saved, take
+from moefy.ops.saved_rows import SavedRows, claim
 from ops.layer import parameters, routed, tokens
 from ops.samples import SAMPLES
 
@@ -21,12 +21,12 @@ def taken(monkeypatch):
     torch._dynamo.reset()
     found: list[str] = []
 
-    def watched(*rows: Tensor) -> Saved:
-        saved = take(*rows)
-        found.append(COMPUTED_AGAIN if saved.up is None else OVER_THEM if saved.mine else BESIDE_THEM)
+    def watched(*rows: Tensor) -> SavedRows:
+        saved = claim(*rows)
+        found.append(COMPUTED_AGAIN if saved.up is None else OVER_THEM if saved.overwrite else BESIDE_THEM)
         return saved
 
-    monkeypatch.setattr(expert_kernels, "take", watched)
+    monkeypatch.setattr(expert_kernels, "claim", watched)
     yield found
     torch._dynamo.reset()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moefy.triton_ops import launch
+from moefy.triton_ops.shared import launch
 
 POISON, GUARD_BYTES = 0xA5, 256
 

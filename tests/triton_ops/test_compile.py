@@ -12,7 +12,9 @@ import pytest
 import torch
 from cubin import ROOT, SHARED_LIMIT, Kernel, Resources, faults, resources
 
-from moefy.triton_ops import blocks, launch, sort, top_k
+from moefy.triton_ops import sort, top_k
+from moefy.triton_ops.shared import blocks, launch
+from moefy.triton_ops.shared.activations import ACTIVATIONS
 
 POINTER = {torch_name: f"*{name}" for torch_name, name in (("float32", "fp32"), ("bfloat16", "bf16"))}
 
@@ -96,9 +98,10 @@ def row_kernel(
     """A kernel over rows in its launcher's blocks: ``tiles`` are descriptors, in the pointer form plain pointers."""
     device = torch.device("cpu") if tma else torch.device("meta")
     block = blocks.blocks(kind, dtype, rows, 64, device)
+    pieces = block.pieces_for(bool(constants.get("GLU")))
     name = DTYPES[dtype]
     function = getattr(importlib.import_module(f"moefy.triton_ops.{module}"), f"_{module}_kernel")
-    sizes = {"m": block.m, "n": block.n, "k": block.k, "p": block.n // block.pieces, "1": 1, "2": 2}
+    sizes = {"m": block.m, "n": block.n, "k": block.k, "p": block.n // pieces, "1": 1, "2": 2}
     types = (
         dict.fromkeys(pointers.split(), f"*{name}")
         | {"order": "*i64", "parts": "*fp32", "weights": "*fp32"}
@@ -112,7 +115,7 @@ def row_kernel(
         "PRECISION": "ieee",
         "TMA": tma,
         "STORE": block.store and tma,
-        "PIECES": block.pieces,
+        "PIECES": pieces,
         "K": 8,
         "EVEN": tma,
     }
@@ -191,7 +194,7 @@ def row_movers(dtype: torch.dtype) -> list[Kernel]:
              "stride_y": "i32", "stride_out": "i32"}  # fmt: skip
     spread = {"x": name, "row_of_slot": "*i32", "rows": name, "width": "i32", "stride_x": "i32"}
     return [
-        Kernel("moefy.triton_ops.tiles:_schedule_kernel", schedule,
+        Kernel("moefy.triton_ops.shared.tiles:_schedule_kernel", schedule,
                {"M": 128, "PADDED": 128, "TILES": 128, "BLOCK": 1024, "COUNTERS": 64}, {"num_warps": 4}),
         Kernel("moefy.triton_ops.hidden_grad:_weights_grad_kernel", parts,
                {"K": 8, "BIAS": True, "M": 128, "STEP": 32}, {"num_warps": 4}),
@@ -244,7 +247,8 @@ def hopper_kernels() -> list[Kernel]:
         weights = tile(TILE_N // 2 if glu else TILE_N, entry.STEP)
         kernels += [
             row(entry, "x b_gate b_up gate_out up_out hidden_out", {"gate_tiles": weights, "up_tiles": weights},
-                K=8, ACT=act, GLU=glu, GATE_BIAS=glu, UP_BIAS=True, SAVE=True, EVEN=even, WHOLE=even)
+                K=8, ACT=act, GLU=glu, GATE_BIAS=glu, UP_BIAS=True, SAVE=True, EVEN=even, WHOLE=even,
+                CLEAR=not glu and not ACTIVATIONS[act].zero_at_zero)
             for even in (True, False)
         ]  # fmt: skip
         tiles = {"grad_tiles": tile(TILE_M, hidden_grad.STEP), "w_tiles": tile(hidden_grad.STEP, TILE_N)}

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefy.triton_ops import activations, blocks, expert_ffn
+from moefy.triton_ops import expert_ffn
 from moefy.triton_ops.entry import entry
 from moefy.triton_ops.expert_ffn import Experts
+from moefy.triton_ops.shared import activations, blocks
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -202,7 +203,7 @@ def test_equals_the_token_loop(glu, dtype, device, guard_bands):
 
 
 @pytest.mark.parametrize("glu", ["none", "separate"])
-@pytest.mark.parametrize("activation", activations.NAMES)
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 def test_every_activation(activation, glu, device, guard_bands):
     check(Case(T=9, D=16, H=24, O=16, E=3, activation=activation, glu=glu), device, guard_bands)
 
@@ -275,7 +276,7 @@ def test_gradients_may_take_the_place_of_the_pre_activations(glu, device, guard_
 
 
 def test_hot_experts_come_first_and_counters_are_zero(device):
-    from moefy.triton_ops.tiles import COUNTERS, schedule
+    from moefy.triton_ops.shared.tiles import COUNTERS, schedule
 
     counts_E = torch.tensor([3, 40, 0, 5, 90, 2])  # the mean is 23.3: only expert 4 has twice as many
     made = schedule(counts_E.cumsum(0).int().to(device), int(counts_E.sum()), 16)
@@ -286,7 +287,7 @@ def test_hot_experts_come_first_and_counters_are_zero(device):
 
 
 def test_a_backward_has_fewer_launches_than_counters():
-    from moefy.triton_ops.tiles import COUNTERS
+    from moefy.triton_ops.shared.tiles import COUNTERS
 
     for width in (1, 512, 2048, 12288, 65536, 100_000):
         blocks_ = expert_ffn._column_blocks(1 << 28, torch.empty((0, width)))

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from moefy.triton_ops import expert_ffn, hopper, linear, weight_grad
-from moefy.triton_ops.tiles import schedule
+from moefy.triton_ops.shared.tiles import schedule
 
 HALF = torch.bfloat16
 needs_hopper = pytest.mark.skipif(

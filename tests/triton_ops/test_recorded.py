@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from moefy.triton_ops import launch, recorded
-from moefy.triton_ops.recorded import Recorded
+from moefy.triton_ops.shared import launch, recorded
+from moefy.triton_ops.shared.recorded import Recorded
 
 
 def values(address: int, count: int):

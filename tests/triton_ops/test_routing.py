@@ -9,11 +9,16 @@ from torch.testing import assert_close
 from moefy.ops import reference
 from moefy.ops import sort as sort_op
 from moefy.ops import top_k as top_k_op
+from moefy.ops.cuda.routing import sort_cuda, top_k_backward_cuda, top_k_cuda
 from moefy.triton_ops import sort, top_k
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SORTS = (sort.sort_pairs, sort.sort_tiles)
+# What the ops run on CUDA.
+TOP_K = top_k_cuda(top_k_op._kernel)
+TOP_K_BACKWARD = top_k_backward_cuda(top_k_op._backward_kernel)
+SORT = sort_cuda(sort_op._kernel, sort_op._slot_ids)
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -126,17 +131,17 @@ def test_the_op_leaves_the_rest_to_torch(logits, k, device, monkeypatch):
     monkeypatch.delattr(top_k, "top_k_softmax")
     monkeypatch.delattr(top_k, "top_k_softmax_backward")
     logits_TE = logits.to(device)
-    weights_TK, index_TK = top_k_op._cuda(logits_TE, k)
+    weights_TK, index_TK = TOP_K(logits_TE, k)
     assert torch.equal(index_TK, reference.top_k_softmax(logits_TE, k)[1])
-    top_k_op._backward_cuda(weights_TK, weights_TK, index_TK, logits_TE.shape[1])
+    TOP_K_BACKWARD(weights_TK, weights_TK, index_TK, logits_TE.shape[1])
 
 
 def test_the_op_is_the_kernel(device):
     logits_TE = torch.randn(9, 10, device=device)
-    got, want = top_k_op._cuda(logits_TE, 3), top_k_op._kernel(logits_TE, 3)
+    got, want = TOP_K(logits_TE, 3), top_k_op._kernel(logits_TE, 3)
     assert torch.equal(got[1], want[1])
     assert_close(got[0], want[0])
-    got, want = (f(got[0] + 1, *got, 10) for f in (top_k_op._backward_cuda, top_k_op._backward_kernel))
+    got, want = (f(got[0] + 1, *got, 10) for f in (TOP_K_BACKWARD, top_k_op._backward_kernel))
     assert_close(got, want)
 
 
@@ -231,7 +236,7 @@ def test_the_launcher_chooses_by_the_number_of_slots(slots, device, monkeypatch)
 def test_the_sort_op_is_the_kernel(experts, device):
     """Any strides; more experts than the kernels take are left to torch."""
     ids_TK = torch.randint(-1, experts + 1, (2, 9), device=device).t()
-    for got, want in zip(sort_op._cuda(ids_TK, experts), sort_op._kernel(ids_TK, experts), strict=True):
+    for got, want in zip(SORT(ids_TK, experts), sort_op._kernel(ids_TK, experts), strict=True):
         assert torch.equal(got, want) and got.dtype is want.dtype and got.is_contiguous()
 
 

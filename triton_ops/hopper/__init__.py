@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moefy.triton_ops.blocks import Kernel, describable, fills_wide_tiles
+from moefy.triton_ops.shared.blocks import Kernel, describable, fills_wide_tiles
 
 # A tile of every kernel here, rows by columns.
 TILE_M, TILE_N = 128, 256

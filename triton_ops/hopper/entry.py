@@ -11,11 +11,8 @@ store.
 from __future__ import annotations
 
 import triton.language as tl
-from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from moefy.triton_ops.activations import activate
-from moefy.triton_ops.blocks import cdiv, processors
 from moefy.triton_ops.hopper import TILE_M, TILE_N, rows_apart
 from moefy.triton_ops.hopper.pipeline import (
     STASH,
@@ -36,19 +33,22 @@ from moefy.triton_ops.hopper.pipeline import (
     turns,
     values_loaded,
 )
-from moefy.triton_ops.launch import kernel
-from moefy.triton_ops.tiles import Schedule, count_tiles, locate
+from moefy.triton_ops.shared.activations import ACTIVATIONS, device_functions
+from moefy.triton_ops.shared.blocks import cdiv, processors
+from moefy.triton_ops.shared.calls import EntryCall
+from moefy.triton_ops.shared.launch import kernel
+from moefy.triton_ops.shared.tiles import count_tiles, locate
 
 # Six stages of 32 columns took up to 1.7 times as long as three of 64.
 STEP, STAGES, GROUP = 64, 3, 16
 
+activate, _ = device_functions()
 
-def entry(
-    x_TD: Tensor, order_N: Tensor, top_k: int, schedule: Schedule,
-    w_gate: Tensor | None, b_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None,
-    gate_out: Tensor | None, up_out: Tensor | None, hidden_NH: Tensor, activation: str,
-) -> None:  # fmt: skip
-    """Fill ``hidden_NH`` and, where given, ``gate_out`` and ``up_out``; arguments as one level up."""
+
+def entry(call: EntryCall) -> None:
+    """Fill ``hidden_NH`` and, where given, ``gate_out`` and ``up_out``."""
+    x_TD, schedule, w_gate, w_up, hidden_NH = call.x_TD, call.schedule, call.w_gate, call.w_up, call.hidden_NH
+    b_gate, b_up = call.b_gate, call.b_up
     assert schedule.block_rows == TILE_M
     width, depth = hidden_NH.shape[1], x_TD.shape[1]
     columns = TILE_N if w_gate is None else TILE_N // 2
@@ -56,15 +56,17 @@ def entry(
     up_tiles = descriptor(w_up, columns, STEP)
     gate_tiles = up_tiles if w_gate is None else descriptor(w_gate, columns, STEP)
     bias = b_up if b_up is not None else b_gate
-    given = [hidden_NH if t is None else t for t in (b_gate, b_up, gate_out, up_out)]
+    given = [hidden_NH if t is None else t for t in (b_gate, b_up, call.gate_out, call.up_out)]
     _entry_kernel[(min(tiles, processors(x_TD.device)),)](
-        x_TD, order_N, gate_tiles, up_tiles, *given, hidden_NH,
+        x_TD, call.order_N, gate_tiles, up_tiles, *given, hidden_NH,
         schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width,
         0 if w_gate is None else rows_apart(w_gate), rows_apart(w_up),
         x_TD.stride(0), given[2].stride(0), given[3].stride(0), hidden_NH.stride(0),
         0 if bias is None else bias.stride(0),
-        K=top_k, ACT=activation, GLU=w_gate is not None, GATE_BIAS=b_gate is not None, UP_BIAS=b_up is not None,
-        SAVE=up_out is not None, EVEN=depth % STEP == 0, WHOLE=width % columns == 0,
+        K=call.top_k, ACT=call.activation, GLU=w_gate is not None, GATE_BIAS=b_gate is not None,
+        UP_BIAS=b_up is not None, SAVE=call.up_out is not None,
+        CLEAR=w_gate is None and not ACTIVATIONS[call.activation].zero_at_zero,
+        EVEN=depth % STEP == 0, WHOLE=width % columns == 0,
         M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP,
         num_warps=4,
     )  # fmt: skip
@@ -76,7 +78,7 @@ def _entry_kernel(
     expert_of_tile, experts, num_experts, depth, width, gate_apart, up_apart,
     stride_x, stride_gate, stride_up, stride_hidden, stride_bias,
     K: gl.constexpr, ACT: gl.constexpr, GLU: gl.constexpr, GATE_BIAS: gl.constexpr, UP_BIAS: gl.constexpr,
-    SAVE: gl.constexpr, EVEN: gl.constexpr, WHOLE: gl.constexpr,
+    SAVE: gl.constexpr, CLEAR: gl.constexpr, EVEN: gl.constexpr, WHOLE: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = N // 2 if GLU else N
@@ -105,7 +107,7 @@ def _entry_kernel(
             (_finish, (
                 eights, scales_8, stash_full, stash_empty, b_gate, b_up, gate_out, up_out, hidden_out,
                 expert_of_tile, experts, num_experts, width, stride_gate, stride_up, stride_hidden, stride_bias,
-                ACT, GLU, GATE_BIAS, UP_BIAS, SAVE, M, N, GROUP,
+                ACT, GLU, GATE_BIAS, UP_BIAS, SAVE, CLEAR, M, N, GROUP,
             )),
             (_load, (
                 x, order, gate_tiles, up_tiles, a_buf, b_buf, full, empty,
@@ -196,7 +198,7 @@ def _finish(
     stash, scales, stash_full, stash_empty, b_gate, b_up, gate_out, up_out, hidden_out,
     expert_of_tile, experts, num_experts, width, stride_gate, stride_up, stride_hidden, stride_bias,
     ACT: gl.constexpr, GLU: gl.constexpr, GATE_BIAS: gl.constexpr, UP_BIAS: gl.constexpr, SAVE: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr,
+    CLEAR: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Bias, activation and stores, eight rows by 128 columns at a time."""
     C: gl.constexpr = 128
@@ -239,8 +241,7 @@ def _finish(
                     hidden = activate(gate, ACT) * up
                 else:
                     hidden = activate(up, ACT)
-                if (ACT == "sigmoid" or ACT == "tanh") and not GLU:
-                    # of zero not zero (tanh by a rounding): dropped rows have no hidden value
+                if CLEAR:  # act(0) is not 0, and dropped rows have no hidden value
                     hidden = gl.where(real > 0, hidden, 0.0)
                 out = hidden_out + (base.to(gl.int64) * stride_hidden + at)
                 gl.store(out + (ms[:, None] * stride_hidden + ns[None, :]), hidden.to(dtype), mask)

@@ -15,8 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from moefy.triton_ops.activations import activate_backward
-from moefy.triton_ops.blocks import cdiv, processors
 from moefy.triton_ops.hopper import TILE_M, TILE_N
 from moefy.triton_ops.hopper.pipeline import (
     STASH,
@@ -36,23 +34,26 @@ from moefy.triton_ops.hopper.pipeline import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from moefy.triton_ops.launch import kernel
-from moefy.triton_ops.tiles import Schedule, count_tiles, locate
+from moefy.triton_ops.shared.activations import device_functions
+from moefy.triton_ops.shared.blocks import cdiv, processors
+from moefy.triton_ops.shared.calls import HiddenGradCall
+from moefy.triton_ops.shared.launch import kernel
+from moefy.triton_ops.shared.tiles import count_tiles, locate
 
 STEP, STAGES, GROUP = 64, 3, 16
 # Rows and columns that are finished at a time: as many values a lane as fit the registers, of which a GLU has two.
 PIECE, GLU_WIDE = 16, 128
 
+_, activate_backward = device_functions()
 
-def hidden_grad(
-    grad_ND: Tensor, weights_TK: Tensor, order_N: Tensor, schedule: Schedule, w_down: Tensor,
-    gate_NH: Tensor | None, up_NH: Tensor, dgate_NH: Tensor | None, dup_NH: Tensor, weighted_NH: Tensor,
-    activation: str,
-) -> Tensor:  # fmt: skip
+
+def hidden_grad(call: HiddenGradCall) -> Tensor:
     """Fill ``dgate_NH``, ``dup_NH`` and ``weighted_NH``; return the parts of the routing gradient, [parts, N] fp32.
 
-    Arguments as one level up, except ``grad_ND``: the output's gradient of each row.
+    ``call`` is one without ``gather``.
     """
+    grad_ND, w_down, schedule = call.grad, call.w_down, call.schedule
+    gate_NH, up_NH, dgate_NH, dup_NH = call.gate_NH, call.up_NH, call.dgate_NH, call.dup_NH
     (rows, width), depth = up_NH.shape, grad_ND.shape[1]
     assert schedule.block_rows == TILE_M and depth >= STAGES * STEP
     column_tiles = cdiv(width, TILE_N)
@@ -61,10 +62,10 @@ def hidden_grad(
     programs = min(schedule.max_tiles * column_tiles, processors(grad_ND.device))
     _hidden_grad_kernel[(programs,)](
         descriptor(grad_ND, TILE_M, STEP), descriptor(w_down, STEP, TILE_N),
-        weights_TK, order_N, gate, up_NH, dgate, dup_NH, weighted_NH, parts,
+        call.weights_TK, call.order_N, gate, up_NH, dgate, dup_NH, call.weighted_NH, parts,
         schedule.expert_of_tile, schedule.experts, schedule.num_experts, depth, width, rows,
-        up_NH.stride(0), dup_NH.stride(0), weighted_NH.stride(0),
-        ACT=activation, GLU=gate_NH is not None, EVEN=width % TILE_N == 0,
+        up_NH.stride(0), dup_NH.stride(0), call.weighted_NH.stride(0),
+        ACT=call.activation, GLU=gate_NH is not None, EVEN=width % TILE_N == 0,
         M=TILE_M, N=TILE_N, STEP=STEP, STAGES=STAGES, GROUP=GROUP,
         PIECE=PIECE, WIDE=TILE_N if gate_NH is None else GLU_WIDE, num_warps=8,
     )  # fmt: skip

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from moefy.triton_ops.blocks import cdiv, processors
 from moefy.triton_ops.hopper import TILE_M, TILE_N, rows_apart
 from moefy.triton_ops.hopper.pipeline import (
     accumulate,
@@ -32,8 +31,9 @@ from moefy.triton_ops.hopper.pipeline import (
     store_wait,
     turns,
 )
-from moefy.triton_ops.launch import kernel
-from moefy.triton_ops.tiles import Schedule, count_tiles, locate
+from moefy.triton_ops.shared.blocks import cdiv, processors
+from moefy.triton_ops.shared.launch import kernel
+from moefy.triton_ops.shared.tiles import Schedule, count_tiles, locate
 
 STEP, STAGES, GROUP = 64, 3, 16
 

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from moefy.triton_ops.blocks import cdiv, processors
 from moefy.triton_ops.hopper import TILE_M, TILE_N
 from moefy.triton_ops.hopper.pipeline import (
     VECTOR,
@@ -34,8 +33,9 @@ from moefy.triton_ops.hopper.pipeline import (
     store_wait,
     turns,
 )
-from moefy.triton_ops.launch import kernel
-from moefy.triton_ops.tiles import Schedule, locate_matrix
+from moefy.triton_ops.shared.blocks import cdiv, processors
+from moefy.triton_ops.shared.launch import kernel
+from moefy.triton_ops.shared.tiles import Schedule, locate_matrix
 
 STEP, STAGES, GROUP, TAKEN = 32, 6, 16, 4
 

@@ -1,4 +1,4 @@
-"""What a provider of ``moefy bench layer`` is, what its layer must compute, and how far off it is.
+"""What a provider of ``moefy bench layer`` is, what its layer must compute, and how its error is measured.
 
 T tokens, D model width, H expert hidden width, E experts, K top-k; P = 2H with a gate (first half gate), else H.
 
@@ -24,7 +24,7 @@ from moefy.bench.layer.shapes import Inputs, Shape
 
 
 class Unsupported(Exception):
-    """A provider cannot run a shape, by its own design; the message says why."""
+    """A provider cannot run a shape, by design; the message says why."""
 
 
 class Leaves(NamedTuple):
@@ -37,13 +37,13 @@ class Leaves(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A provider's layer on fixed inputs.
+class BoundLayer:
+    """A provider's layer, bound to fixed inputs.
 
     Args:
         forward: the layer's output.
         step: forward and backward.
-        answer: one step's output and gradients by name, or None where the result means nothing.
+        answer: output and gradients of one step, by name; None for a provider that computes no layer.
         clear: drop the gradients that ``step`` left.
     """
 
@@ -55,10 +55,10 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provider:
-    """An implementation of the layer; ``package`` is the module it needs, if it is a third party's."""
+    """An implementation of the layer. ``package`` is the third-party module that it needs."""
 
     name: str
-    build: Callable[[Inputs], Layer]
+    build: Callable[[Inputs], BoundLayer]
     package: str | None = None
 
 
@@ -66,7 +66,7 @@ LayerFunction = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 Bind = Callable[[Leaves, Shape], Callable[[], Tensor]]
 
 
-def from_function(function: LayerFunction) -> Callable[[Inputs], Layer]:
+def from_function(function: LayerFunction) -> Callable[[Inputs], BoundLayer]:
     """A ``Provider.build`` from ``function(x, logits, w1, w2, top_k, gated)``."""
 
     def bind(leaves: Leaves, shape: Shape) -> Callable[[], Tensor]:
@@ -85,8 +85,8 @@ def differentiable(
     *,
     pack: Callable[[Tensor], Tensor] = _same,
     unpack: Callable[[Tensor], Tensor] = _same,
-) -> Layer:
-    """The ``Layer`` of a forward that autograd differentiates.
+) -> BoundLayer:
+    """The ``BoundLayer`` of a forward that autograd differentiates.
 
     Args:
         inputs: shared with the other providers, not copied.
@@ -114,7 +114,7 @@ def differentiable(
         clear()
         return {"out": out_TD, "dx": dx, "dW1": unpack(dw1), "dW2": dw2, "dlogits": dlogits}
 
-    return Layer(forward=forward, step=step, answer=answer, clear=clear)
+    return BoundLayer(forward=forward, step=step, answer=answer, clear=clear)
 
 
 def _gradient(leaf: Tensor) -> Tensor:

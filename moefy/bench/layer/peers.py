@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moefy.bench.layer.contract import (
-    Layer,
+    BoundLayer,
     Leaves,
     Provider,
     Unsupported,
@@ -41,7 +41,7 @@ def _require(inputs: Inputs, *, gated: bool = False) -> None:
         raise Unsupported("GLU activations only")
 
 
-def build_sonic(inputs: Inputs) -> Layer:
+def build_sonic(inputs: Inputs) -> BoundLayer:
     """sonic-moe. Its W1 has the gate's and the up projection's rows in turn."""
     _require(inputs, gated=True)
     return differentiable(inputs, _bind_sonic, pack=interleave, unpack=deinterleave)
@@ -88,7 +88,7 @@ def _bind_sonic(leaves: Leaves, shape: Shape) -> Callable[[], Tensor]:
     return forward
 
 
-def build_scatter(inputs: Inputs) -> Layer:
+def build_scatter(inputs: Inputs) -> BoundLayer:
     """ScatterMoE: its two grouped products, torch's activation between them."""
     _require(inputs)
     return differentiable(inputs, _bind_scatter)
@@ -109,7 +109,7 @@ def _bind_scatter(leaves: Leaves, shape: Shape) -> Callable[[], Tensor]:
     return forward
 
 
-def build_liger(inputs: Inputs) -> Layer:
+def build_liger(inputs: Inputs) -> BoundLayer:
     """Liger's fused MoE."""
     _require(inputs, gated=True)
     return differentiable(inputs, _bind_liger)
@@ -125,7 +125,7 @@ def _bind_liger(leaves: Leaves, shape: Shape) -> Callable[[], Tensor]:
     return forward
 
 
-def build_transformers(inputs: Inputs) -> Layer:
+def build_transformers(inputs: Inputs) -> BoundLayer:
     """The experts module of transformers' Mixtral and its like, in the ``grouped_mm`` implementation."""
     return differentiable(inputs, _bind_transformers)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moefy.bench.layer.contract import (
-    Layer,
+    BoundLayer,
     LayerFunction,
     Leaves,
     Provider,
@@ -120,11 +120,11 @@ def _compiled(function: LayerFunction, on_gpu: bool) -> LayerFunction:
     return torch.compile(function, fullgraph=on_gpu or function is moefy_layer, dynamic=not on_gpu)
 
 
-def _build_compiled(function: LayerFunction) -> Callable[[Inputs], Layer]:
+def _build_compiled(function: LayerFunction) -> Callable[[Inputs], BoundLayer]:
     return lambda inputs: from_function(_compiled(function, inputs.x_TD.is_cuda))(inputs)
 
 
-def build_graphed(inputs: Inputs) -> Layer:
+def build_graphed(inputs: Inputs) -> BoundLayer:
     """The compiled layer as CUDA graphs. Its weights stay where they are, as a module's parameters do."""
     if not inputs.x_TD.is_cuda or inputs.shape.decode:
         raise Unsupported("training on CUDA only; decoding is captured for every provider")
@@ -138,7 +138,7 @@ def build_graphed(inputs: Inputs) -> Layer:
     return differentiable(inputs, bind)
 
 
-def build_dense(inputs: Inputs) -> Layer:
+def build_dense(inputs: Inputs) -> BoundLayer:
     """The two products of the forward and the four of the backward, T*K rows through one expert's matrices.
 
     All operands are drawn beforehand: what a product reads has the same spread in every run (a GPU's clock depends on
@@ -161,14 +161,14 @@ def build_dense(inputs: Inputs) -> Layer:
         torch.mm(dh_NP, w1_PD)
         torch.mm(dh_NP.t(), x_ND)
 
-    return Layer(forward=forward, step=step, answer=None, clear=lambda: None)
+    return BoundLayer(forward=forward, step=step, answer=None, clear=lambda: None)
 
 
 def _rows(inputs: Inputs, width: int) -> Tensor:
     return torch.randn(inputs.shape.rows, width, device=inputs.x_TD.device, dtype=inputs.x_TD.dtype)
 
 
-def _dense_decode(inputs: Inputs) -> Layer:
+def _dense_decode(inputs: Inputs) -> BoundLayer:
     shape, hit = inputs.shape, inputs.hit
     each = -(-shape.rows // hit)
     x_EMD = inputs.x_TD.new_empty(hit, each, shape.d_model).normal_()
@@ -179,7 +179,7 @@ def _dense_decode(inputs: Inputs) -> Layer:
         torch.bmm(x_EMD, w1_EDP)
         return torch.bmm(a_EMH, w2_EHD)
 
-    return Layer(forward=forward, step=forward, answer=None, clear=lambda: None)
+    return BoundLayer(forward=forward, step=forward, answer=None, clear=lambda: None)
 
 
 OWN: tuple[Provider, ...] = (

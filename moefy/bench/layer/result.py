@@ -1,7 +1,7 @@
-"""What ``moefy bench layer`` measured: rows for programs, a table a shape for people, bars for a figure.
+"""What ``moefy bench layer`` measured: rows for programs, one table per shape for people, bars for a figure.
 
-Contract: a row that could not be measured has ``failed`` in place of figures; nothing is left out silently. "Of dense"
-is the time of the dense products over that of the layer: 1 is the ceiling.
+Contract: a row that could not be measured has ``failed`` in place of figures, so nothing is left out silently. "Of
+dense" is the time of the dense products over that of the layer: 1 is the ceiling.
 
     >>> print(result)                                                                   # doctest: +SKIP
     B: T 32768, D 2048, H 1024, E 64, K 8, SwiGLU, busiest expert 1.0x the mean
@@ -32,9 +32,9 @@ class Row:
         shape: a key of ``SHAPES``.
         mode: what was timed; "decode" is a forward, in a CUDA graph on a GPU.
         ms: median milliseconds.
-        tflops: 1e12 floating-point operations a second, counting those that the mathematics needs.
+        tflops: 1e12 floating-point operations per second, counting those that the mathematics needs.
         errors: relative error of the output and of each gradient.
-        peak_mib: peak memory of the mode beyond the inputs; in a training step that includes the weights' gradients.
+        peak_mib: peak memory of the mode beyond the inputs. A training step includes the gradients of the weights.
         failed: why there are no figures.
     """
 
@@ -49,17 +49,17 @@ class Row:
 
     @property
     def error(self) -> float | None:
-        """The largest of ``errors``."""
+        """The largest relative error of output and gradients; None without any."""
         return max(self.errors.values(), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The figures as JSON types, ``None`` for one that was not measured."""
         return {**dataclasses.asdict(self), "error": self.error}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """All rows, in the order of the shapes. ``missing``: the peers that are not installed."""
+    """All rows, in the order of the shapes. ``missing`` are the peers that are not installed."""
 
     environment: Mapping[str, Any]
     shapes: Mapping[str, Shape]
@@ -68,7 +68,7 @@ class LayerResult:
     missing: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Shapes, rows and the environment, as JSON types."""
         return {
             "schema_version": SCHEMA_VERSION,
             "benchmark": "layer",
@@ -93,7 +93,7 @@ class LayerResult:
         return ("decode",) if self.shapes[shape].decode else ("forward", "forward+backward")
 
     def find(self, shape: str, provider: str, mode: str) -> Row | None:
-        """The row of that name, unless it failed or does not exist."""
+        """The row of a shape, provider and mode; None if it failed or does not exist."""
         wanted = (shape, provider, mode)
         found = (row for row in self.rows if (row.shape, row.provider, row.mode) == wanted)
         return next((row for row in found if row.failed is None), None)
@@ -153,7 +153,7 @@ def _heading(name: str, shape: Shape, busiest: float) -> str:
 
 
 def save_plot(result: LayerResult, path: Path) -> None:
-    """Bars a shape and provider, one panel a mode: TFLOP/s, for decoding milliseconds. Needs matplotlib."""
+    """Draw one panel per mode, with bars of TFLOP/s, or of milliseconds for decoding. Needs matplotlib."""
     modes = list(dict.fromkeys(row.mode for row in result.rows if row.failed is None))
     figure = importlib.import_module("matplotlib.figure").Figure(
         figsize=(11, 3.2 * max(1, len(modes))), layout="constrained"

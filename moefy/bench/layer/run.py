@@ -2,7 +2,7 @@
 
 Contract: the layer is given router logits and does the rest: top-k, softmax over the chosen, dispatch, experts,
 weighted combine; backward to x, W1, W2 and the logits. All providers get the same inputs, are checked against a
-reference on them, and are timed in one run. One that is missing is listed, one that fails gets a row that says why.
+reference on them, and are timed in one run. A missing provider is listed, a failing one gets a row that says why.
 
     $ moefy bench layer                                       # everything; small shapes without a GPU
     $ moefy bench layer --shapes B,F --providers "moefy compiled,dense" --json
@@ -26,7 +26,7 @@ from torch import Tensor
 import moefy
 from moefy.bench.arguments import device_from, name_list, rep_from
 from moefy.bench.base import Benchmark
-from moefy.bench.layer.contract import Layer, Provider, Unsupported, reference, relative_errors
+from moefy.bench.layer.contract import BoundLayer, Provider, Unsupported, reference, relative_errors
 from moefy.bench.layer.result import LayerResult, Mode, Row, save_plot
 from moefy.bench.layer.shapes import Inputs, Shape, draw_inputs, shapes_for
 from moefy.bench.layer.timing import Work, captured, median_ms, peak_mib
@@ -38,7 +38,7 @@ FIGURES = (".pdf", ".png", ".svg")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """A layer made ready for the clock in one mode: warm, and checked."""
+    """A layer that is ready to be timed in one mode: warmed up and checked."""
 
     work: Work
     errors: Mapping[str, float]
@@ -48,14 +48,14 @@ class _Trial:
 def measure(
     shapes: Mapping[str, Shape], providers: tuple[Provider, ...], device: torch.device, rep: float
 ) -> LayerResult:
-    """Every provider on every shape; ``rep`` is in milliseconds, for each row."""
+    """Measure every provider on every shape, for about ``rep`` milliseconds per row."""
     found = tuple(p for p in providers if p.package is None or importlib.util.find_spec(p.package))
     rows: list[Row] = []
     busiest: dict[str, float] = {}
     for name, shape in shapes.items():
         _tell(f"{name}: {', '.join(p.name for p in found)}")
         if device.type == "cuda":
-            torch._dynamo.reset()  # sizes are constants there: without it the ninth graph would be refused
+            torch._dynamo.reset()  # sizes are constants on a GPU: without a reset Dynamo refuses the ninth graph
         inputs = draw_inputs(shape, device)
         busiest[name] = inputs.busiest
         rows += _shape_rows(name, inputs, found, rep)
@@ -81,21 +81,21 @@ def _shape_rows(name: str, inputs: Inputs, providers: tuple[Provider, ...], rep:
         times = median_ms(works, inputs.x_TD.device, rep)
         rows += [_row(name, inputs.shape, mode, who, trials[who], times.get(who)) for who in built]
         for layer in built.values():
-            if isinstance(layer, Layer):
+            if isinstance(layer, BoundLayer):
                 layer.clear()
     return rows
 
 
 def _trial(
-    layer: Layer | Exception, mode: Mode, inputs: Inputs, truth: Mapping[str, Tensor]
+    layer: BoundLayer | Exception, mode: Mode, inputs: Inputs, truth: Mapping[str, Tensor]
 ) -> _Trial | Exception:
     if isinstance(layer, Exception):
         return layer
     return _attempt(lambda: _prepare(layer, mode, inputs, truth))
 
 
-def _prepare(layer: Layer, mode: Mode, inputs: Inputs, truth: Mapping[str, Tensor]) -> _Trial:
-    """Warm up and check ``layer`` for ``mode``; the work returned is what that mode times."""
+def _prepare(layer: BoundLayer, mode: Mode, inputs: Inputs, truth: Mapping[str, Tensor]) -> _Trial:
+    """Warm up and check ``layer``, and return the work that ``mode`` times."""
     device, checked = inputs.x_TD.device, layer.answer is not None
     if mode == "forward+backward":
         errors = relative_errors(layer.answer(), truth) if layer.answer is not None else {}
@@ -205,7 +205,12 @@ def _providers(names: tuple[str, ...]) -> tuple[Provider, ...]:
 
 
 def _check_plot(path: Path) -> None:
-    """What would fail at the end fails before anything is measured."""
+    """Fail before anything is measured if the figure could not be saved.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+        ConfigError: the path has another suffix than ``FIGURES``, or its folder does not exist.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib, which is not installed: pip install 'moefy[plot]'")
     if path.suffix not in FIGURES or not path.parent.is_dir():

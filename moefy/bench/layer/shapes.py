@@ -98,7 +98,7 @@ def shapes_for(device: torch.device, names: tuple[str, ...]) -> dict[str, Shape]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """What a layer is given: tokens, router logits, weights, and the gradient of its output."""
+    """A layer's inputs: tokens, router logits, weights, and the gradient of its output."""
 
     shape: Shape
     x_TD: Tensor

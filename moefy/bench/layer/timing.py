@@ -1,8 +1,8 @@
-"""Clocks and meters of ``moefy bench layer``: median times, CUDA graphs, peak memory.
+"""Median times, CUDA graphs and peak memory for ``moefy bench layer``.
 
 Contract: on CUDA a time is the median of ``triton.testing.do_bench`` (events; the L2 cache is flushed before every
-repeat). On a CPU the candidates take turns, so that what else the machine does hits all alike. A candidate that raises
-gets its exception for a time, and the others go on.
+repeat). On a CPU the candidates take turns, so that other work on the machine hits all alike. A candidate that raises
+gets its exception in place of a time, and the others go on.
 
     >>> sorted(median_ms({"sum": lambda: sum(range(9))}, torch.device("cpu"), rep=1))
     ['sum']
@@ -73,8 +73,8 @@ def captured(forward: Callable[[], Tensor]) -> tuple[Work, Tensor]:
     """``(replay, output)`` of ``forward`` as a CUDA graph; the output is rewritten by every replay.
 
     Raises:
-        Unsupported: when ``forward`` waits for the device, which no graph can. That is found out by torch's own watch
-            over such waits, before a capture: one that fails may leave the device unusable.
+        Unsupported: ``forward`` waits for the device, which no graph can capture. torch's sync debug mode tells so
+            before the capture, since a failed capture may leave the device unusable.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

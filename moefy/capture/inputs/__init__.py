@@ -1,1 +1,1 @@
-"""Example inputs: where a model says what it takes, and where it has to be guessed."""
+"""Example inputs of a model: told by its config or its library, else guessed from its signature and first layers."""

@@ -1,8 +1,9 @@
 """Example inputs from what a model tells about itself: its config, its library, its signature.
 
-Contract: ``derive_inputs`` yields candidates, best first; it never runs the model, changes nothing and leaves the
-global random state alone. The caller tries them (cheaply, under ``FakeTensorMode``) until one is accepted. No
-third-party library is imported: Hugging Face, timm and torchvision models are known by their attributes.
+Contract: ``derive_inputs`` yields candidates, best first. It never runs the model, changes nothing and leaves the
+global random state alone. The caller tries the candidates (cheaply, under ``FakeTensorMode``) until the model accepts
+one. No third-party library is imported: models of Hugging Face, timm and torchvision are known by their attributes. A
+hint about another library is one more generator here.
 
     >>> next(derive_inputs(nn.TransformerEncoderLayer(64, 4))).description
     'float32 [8, 1, 64] (nn.TransformerEncoderLayer)'
@@ -24,7 +25,7 @@ __all__ = ["ExampleInputs", "derive_inputs"]
 
 
 def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
-    """Candidates of inputs for ``model``, most likely first. Lazy: a candidate is made when asked for."""
+    """Candidates of inputs for ``model``, most likely first. Each candidate is made when it is asked for."""
     sampler = Sampler.of(model)
     if isinstance(model, fx.GraphModule):
         yield from _from_graph(model, sampler)
@@ -46,7 +47,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 def _from_graph(model: fx.GraphModule, sampler: Sampler) -> Iterator[ExampleInputs]:
-    """Tensors like those that the graph was traced with, when its placeholders remember them."""
+    """Tensors like those that the graph was traced with, if its placeholders record them."""
     values = []
     for node in model.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val", node.meta.get("example_value", node.meta.get("tensor_meta")))
@@ -62,7 +63,7 @@ def _from_graph(model: fx.GraphModule, sampler: Sampler) -> Iterator[ExampleInpu
 
 
 def _from_transformer(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
-    """``nn.Transformer`` and its parts: the width and the batch axis are on the attention modules."""
+    """``nn.Transformer`` and its parts: their attention modules know the width and the batch axis."""
     kinds = (
         nn.Transformer,
         nn.TransformerEncoder,
@@ -122,7 +123,7 @@ def _from_torchvision(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInp
 
 
 def _from_image_size(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
-    """A picture of the size that some part of the model remembers (timm's ``patch_embed.img_size``)."""
+    """A picture of the size that a part of the model names, as timm's ``patch_embed.img_size``."""
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is None:
         return

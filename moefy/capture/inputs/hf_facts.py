@@ -1,6 +1,6 @@
-"""Look-ups in a Hugging Face config and the configs nested in it, by attribute name. Plain reading.
+"""Look-ups by attribute name in a Hugging Face config and the configs nested in it.
 
->>> Facts(clip_config).find("image_size", prefer=("vision",))
+>>> ConfigFacts(clip_config).find("image_size", prefer=("vision",))
 224
 """
 
@@ -14,7 +14,7 @@ TEXT = ("text", "llm", "language", "decoder", "thinker")
 AUDIO = ("audio", "speech", "encoder")
 
 
-class Facts:
+class ConfigFacts:
     """One config with its sub-configs, nearest first."""
 
     def __init__(self, config: Any) -> None:
@@ -23,7 +23,7 @@ class Facts:
     def find(self, *names: str, default: Any = None, prefer: Sequence[str] = ()) -> Any:
         """The first of ``names`` that is set in any config.
 
-        Configs whose path contains a word of ``prefer`` are asked first, then the others from the outside in.
+        Configs whose path contains a word of ``prefer`` come first, then the others from the outside in.
         """
         ranked = sorted(self._configs, key=lambda item: not any(w in item[0] for w in prefer))
         for _, config in ranked:

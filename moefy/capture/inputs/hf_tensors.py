@@ -1,7 +1,10 @@
 """What a Hugging Face ``forward`` means by a parameter name: tensors of the right kind and size.
 
-Contract: ``Maker.options(name)`` lists what the conventions of the library allow for that name, the most common
-first; an empty list says that the name means nothing to us. Sizes come from the config alone.
+Contract: ``Maker.options(name)`` lists what the conventions of the library allow for that name, the most common first.
+An unknown name has no options. Sizes come from the config alone. A new hint is a row in ``Maker``.
+
+    >>> [t.shape for t in Maker(ConfigFacts(whisper_config), sampler, length=8).options("input_features")][0]
+    torch.Size([1, 80, 3000])
 
 Shapes: B = 1 example, S text tokens, C channels, P patches.
 """
@@ -13,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moefy.capture.inputs.hf_facts import AUDIO, TEXT, VISION, Facts
+from moefy.capture.inputs.hf_facts import AUDIO, TEXT, VISION, ConfigFacts
 from moefy.capture.inputs.tensors import Sampler
 
 GRID = 4  # a picture of 4 x 4 patches for models that take patches
@@ -26,9 +29,9 @@ FRAMES = 96  # of a mel spectrogram
 
 
 class Maker:
-    """Makes the tensors for one model and one text length."""
+    """Makes the tensors for one model and one length of text."""
 
-    def __init__(self, facts: Facts, sampler: Sampler, length: int) -> None:
+    def __init__(self, facts: ConfigFacts, sampler: Sampler, length: int) -> None:
         self.facts, self.sampler, self.length = facts, sampler, length
         self._makers: dict[str, Callable[[], list[Tensor]]] = {
             **{name: self._tokens for name in TOKENS},
@@ -77,14 +80,14 @@ class Maker:
         }
 
     def options(self, name: str) -> list[Tensor]:
-        """The tensors that ``name`` may mean, likeliest first."""
+        """The tensors that ``name`` may stand for, likeliest first."""
         maker = self._makers.get(name)
         return maker() if maker is not None else []
 
     # ---- text
 
     def token_ids(self, *shape: int, decoder: bool = False) -> Tensor:
-        """Ids that are not special, ending with the end-of-text id (classifiers of BART's kind look for it)."""
+        """Ids without a special meaning, then the end-of-text id, which classifiers such as BART's look for."""
         prefer = ("decoder", *TEXT) if decoder else TEXT
         names = ("vocab_size", "n_vocab", "vocab_sizes", "tgt_vocab_size", "src_vocab_size")
         size = self.facts.integer(*names, default=VOCABULARY, prefer=prefer)
@@ -208,7 +211,7 @@ class Maker:
         return [self.sampler.floats(1, width, self.length), self._floats()]
 
     def _perceived(self) -> list[Tensor]:
-        """The Perceiver takes what its preprocessor does: states, text or pictures."""
+        """The Perceiver takes what its preprocessor takes: states, text or pictures."""
         return [self._floats(), *self._tokens()[:1], *self._pixels()[:1]]
 
     # ---- time series

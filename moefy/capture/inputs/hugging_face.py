@@ -1,7 +1,7 @@
 """Example inputs for a Hugging Face model, from its config and its signature. transformers is not imported.
 
-Contract: nothing is chosen by model name. A parameter's name says what kind of tensor it is, the config says how
-large; where conventions differ (an axis more, the other order) the alternatives are tried in turn.
+Contract: no model is known by its name. A parameter's name says what kind of tensor it takes, the config says how large
+the tensor is. Where conventions differ (an axis more, the other order), the alternatives follow in turn.
 
     >>> next(hf_inputs(gpt2, sampler)).description
     'input_ids int64 [1, 8] (Hugging Face config)'
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefy.capture.inputs.hf_facts import VISION, Facts
+from moefy.capture.inputs.combinations import nearest_first
+from moefy.capture.inputs.hf_facts import VISION, ConfigFacts
 from moefy.capture.inputs.hf_tensors import GRID, Maker
 from moefy.capture.inputs.tensors import SEQUENCE, ExampleInputs, Sampler, example
 
@@ -26,7 +27,7 @@ COMBINATIONS = 12  # per selection of inputs
 LENGTHS = (SEQUENCE, 16, 64)  # some models cut the text into blocks of their own
 SOURCE = "Hugging Face config"
 
-# Inputs beside the main one that a model may refuse to run without although they have a default.
+# Inputs beside the main one without which a model may refuse to run, although they have a default.
 _MODALITIES = (
     "pixel_values",
     "pixel_values_videos",
@@ -46,8 +47,7 @@ _MODALITIES = (
     "past_observed_mask",
 )
 
-
-# Inputs that few models insist on.
+# Inputs that few models require.
 _SOMETIMES = (
     "attention_mask",
     "input_features_mask",
@@ -59,7 +59,7 @@ _SOMETIMES = (
 
 def hf_inputs(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
     """Candidates for ``model``: all modalities first, so that every tower runs, then fewer inputs."""
-    facts = Facts(getattr(model, "config", None))
+    facts = ConfigFacts(getattr(model, "config", None))
     distinct: set[str] = set()
     for kwargs in itertools.islice(_kwargs(model, facts, sampler), MAX_CANDIDATES):
         candidate = example((), kwargs, SOURCE)
@@ -69,7 +69,7 @@ def hf_inputs(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
     yield from _dummy(model)
 
 
-def _kwargs(model: nn.Module, facts: Facts, sampler: Sampler) -> Iterator[dict[str, Any]]:
+def _kwargs(model: nn.Module, facts: ConfigFacts, sampler: Sampler) -> Iterator[dict[str, Any]]:
     """Selections of inputs, and for each the likeliest tensors first."""
     parameters = inspect.signature(model.forward).parameters
     selections = _selections(model, parameters, facts)
@@ -83,13 +83,13 @@ def _kwargs(model: nn.Module, facts: Facts, sampler: Sampler) -> Iterator[dict[s
 
 
 def _options(names: Sequence[str], maker: Maker) -> dict[str, list[Tensor]]:
-    """The tensors for each name that means something to us."""
+    """The tensors for each name that ``maker`` knows."""
     made = {name: maker.options(name) for name in names}
     return {name: tensors for name, tensors in made.items() if tensors}
 
 
 def _selections(
-    model: nn.Module, parameters: Mapping[str, inspect.Parameter], facts: Facts
+    model: nn.Module, parameters: Mapping[str, inspect.Parameter], facts: ConfigFacts
 ) -> list[tuple[str, ...]]:
     """Which parameters to fill: with all modalities, without, and with one at a time."""
     required = [name for name, p in parameters.items() if _is_required(p)]
@@ -113,16 +113,14 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 
 def _combinations(options: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Any]]:
-    """Every choice of one option per name, those nearest to everybody's first option first."""
-    if not options:
-        return
-    ranks = itertools.product(*(range(len(made)) for made in options.values()))
-    for rank in sorted(itertools.islice(ranks, 5000), key=sum):
-        yield {name: made[i] for (name, made), i in zip(options.items(), rank, strict=True)}
+    """One tensor per name, the likeliest combinations first."""
+    if options:
+        for chosen in nearest_first([*options.values()], ranked=5000):
+            yield dict(zip(options, chosen, strict=True))
 
 
 def _with_placeholders(
-    parameters: Mapping[str, inspect.Parameter], facts: Facts, maker: Maker
+    parameters: Mapping[str, inspect.Parameter], facts: ConfigFacts, maker: Maker
 ) -> Iterator[dict[str, Any]]:
     """A text with as many image placeholders as the picture has features, for vision-language models."""
     token = facts.find("image_token_id", "image_token_index")
@@ -136,8 +134,8 @@ def _with_placeholders(
             yield {"input_ids": ids, "pixel_values": pixels, **grid}
 
 
-def _placeholder_counts(facts: Facts) -> list[int]:
-    """How many placeholders a picture may take: as stated, else one per patch or merged patch."""
+def _placeholder_counts(facts: ConfigFacts) -> list[int]:
+    """How many placeholders a picture may take: the config's number, else one per patch or merged patch."""
     names = ("mm_tokens_per_image", "image_seq_length", "num_image_tokens", "image_seq_len")
     stated = facts.integer(*names, default=0)
     merge = facts.integer("spatial_merge_size", default=1, prefer=VISION)
@@ -151,10 +149,12 @@ def _placeholder_counts(facts: Facts) -> list[int]:
 
 
 def _dummy(model: nn.Module) -> Iterator[ExampleInputs]:
-    """What the model itself calls dummy inputs."""
+    """The model's own ``dummy_inputs``."""
     try:
         inputs = dict(getattr(model, "dummy_inputs", None) or {})
-    except Exception:  # a property of the user's model: whatever it raises, it has nothing to offer
+    except (
+        Exception
+    ):  # a property of the user's model may raise anything; such a model has no inputs to offer
         return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

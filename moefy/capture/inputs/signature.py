@@ -1,7 +1,7 @@
-"""Example inputs for a module that nothing is known about: read its signature and its first layers.
+"""Example inputs for a module of no known library, guessed from its signature and its first layers.
 
-Contract: yields candidates, most likely first, and runs nothing. Required parameters are filled by what their
-name, their annotation and the first layer with weights say; optional ones are left alone.
+Contract: yields candidates, most likely first, and runs nothing. The name and the annotation of a required parameter
+and the first layer with weights say what the parameter may be. Optional parameters are left out.
 
     >>> next(guesses(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), sampler)).description
     'float32 [1, 8, 16] (guessed: first layer is Linear)'
@@ -17,11 +17,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moefy.capture.inputs.combinations import nearest_first
 from moefy.capture.inputs.tensors import SEQUENCE, ExampleInputs, Sampler, example
 
-MAX_GUESSES = 48
-MAX_LENGTH = 4096
-MAX_LENGTHS = 6
+MAX_GUESSES = 48  # candidates per hint
+MAX_LENGTH = 4096  # longest sequence to try
+MAX_LENGTHS = 6  # sequence lengths per layer
+MAX_HINTS = 12
 
 _MASKS = ("mask", "attn_bias", "attention_bias", "rel_pos", "bias", "cache", "past")
 _TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise", "step", "log_snr")
@@ -42,7 +44,7 @@ _SIDE = (
 
 @dataclasses.dataclass(frozen=True)
 class _Hint:
-    """What one layer says about the input: alternatives of its value, best first."""
+    """Input tensors that one layer would accept, best first, and the words that name the layer."""
 
     values: tuple[Any, ...]
     source: str
@@ -56,7 +58,7 @@ def guesses(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
     for hint in hints or [_Hint((sampler.floats(1, SEQUENCE, 64),), "no layer with weights")]:
         for value in hint.values:
             choices = [_choices(p, i, value, hints, sampler) for i, p in enumerate(required)]
-            for filled in itertools.islice(_near_first(choices), MAX_GUESSES):
+            for filled in itertools.islice(nearest_first(choices, ranked=20_000), MAX_GUESSES):
                 candidate = _call(required, filled, f"guessed: {hint.source}")
                 if candidate.description not in seen:
                     seen.add(candidate.description)
@@ -64,7 +66,7 @@ def guesses(model: nn.Module, sampler: Sampler) -> Iterator[ExampleInputs]:
 
 
 def required_parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """Parameters of ``forward`` without a default; one for a bare ``*args`` (a container that passes on)."""
+    """Parameters of ``forward`` without a default; one for a bare ``*args``, as containers have it."""
     try:
         parameters = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):
@@ -86,13 +88,6 @@ def _call(required: Sequence[inspect.Parameter], filled: Sequence[Any], source: 
     args = tuple(value for p, value in pairs if p.kind is not p.KEYWORD_ONLY)
     kwargs = {p.name: value for p, value in pairs if p.kind is p.KEYWORD_ONLY}
     return example(args, kwargs, source)
-
-
-def _near_first(choices: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
-    """All combinations, those closest to everybody's first choice first."""
-    ranks = itertools.product(*(range(len(options)) for options in choices))
-    for rank in sorted(itertools.islice(ranks, 20_000), key=sum):
-        yield tuple(options[i] for options, i in zip(choices, rank, strict=True))
 
 
 def _choices(
@@ -141,17 +136,17 @@ def _unique(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _hints(model: nn.Module, sampler: Sampler) -> Iterator[_Hint]:
-    """What the layers with weights say, in order of registration: distinct ones, at most a dozen."""
+    """What the layers with weights accept, in order of registration, without repeats."""
     lengths = _lengths(model)
     seen: set[tuple[Any, ...]] = set()
     vocabulary = min((m.num_embeddings for m in _embeddings(model)), default=2)
-    # Leaves first: the bare parameters of a parent (class token, position table) are no layer that reads the input.
+    # Leaves first: bare parameters of a parent are class tokens and position tables, and read no input.
     for module in sorted(model.modules(), key=lambda m: next(m.children(), None) is not None):
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         values = tuple(_values(module, vocabulary, lengths, sampler))
         key = tuple((v.shape, v.dtype) for v in values)
-        if values and key not in seen and len(seen) < 12:
+        if values and key not in seen and len(seen) < MAX_HINTS:
             seen.add(key)
             yield _Hint(values, f"first layer is {type(module).__name__}")
 
@@ -161,7 +156,7 @@ def _embeddings(model: nn.Module) -> list[nn.Embedding]:
 
 
 def _lengths(model: nn.Module) -> list[int]:
-    """Sequence lengths to try: 8, then those of position tables, then widths that may mix tokens."""
+    """Sequence lengths to try: 8, then those of position tables, then widths of layers that may mix tokens."""
     tables, mixers = [], []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -200,14 +195,14 @@ def _values(module: nn.Module, vocabulary: int, lengths: Sequence[int], sampler:
 
 
 def _images(channels: int, spatial: int, sampler: Sampler) -> Iterator[Tensor]:
-    """Small pictures first; 224 and 32 are the sizes that models with position tables were made for."""
+    """Pictures, small ones first. Models with position tables are made for one size, mostly 224 or 32."""
     sizes = {1: (16, 64, 256), 2: (32, 64, 224, 28, 384, 16), 3: (16, 32)}[spatial]
     for side in sizes:
         yield sampler.floats(1, channels, *([side] * spatial))
 
 
 def _width(module: nn.Module) -> int | None:
-    """The feature width a layer expects: of Linear and norms, else the last axis of its first weight."""
+    """The feature width that a layer expects: as linears and norms tell it, else the last axis of its first weight."""
     if isinstance(module, nn.Linear):
         return module.in_features
     if isinstance(module, nn.MultiheadAttention):

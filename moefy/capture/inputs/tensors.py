@@ -1,4 +1,4 @@
-"""Example inputs as data, and the maker of small random tensors on a model's device and dtype.
+"""Example inputs as data, and ``Sampler``, which makes small tensors on a model's device and in its dtype.
 
 Contract: the global random state is never touched and equal calls give equal tensors.
 
@@ -21,7 +21,7 @@ SEQUENCE = 8  # tokens in a derived text: enough to route, cheap to run
 
 @dataclasses.dataclass(frozen=True)
 class ExampleInputs:
-    """``model(*args, **kwargs)`` is worth a try; ``description`` says in one line what they are."""
+    """Arguments that a model may accept. ``description`` says in one line what they are."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -45,7 +45,7 @@ def describe(value: Any) -> str:
 
 
 class Sampler:
-    """Makes tensors for one model: floating-point ones in its dtype, all of them on its device."""
+    """Makes tensors on one model's device, floating-point ones in its dtype."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -53,7 +53,7 @@ class Sampler:
 
     @classmethod
     def of(cls, model: nn.Module) -> Sampler:
-        """The sampler for ``model``: the device of its first tensor, the dtype of its first float."""
+        """The sampler for ``model``: its first tensor's device, its first floating-point tensor's dtype."""
         tensors = [*model.parameters(), *model.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
         floating = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point]

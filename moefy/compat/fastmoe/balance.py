@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy.nn.losses.balance import assignment_totals
+from moefy.nn.losses import assignment_totals
 
 metrics: dict[str, Callable[[Tensor], Tensor]] = {
     "coefficient-variation": lambda c_e: c_e.std() / c_e.mean(),

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefy.compat.single_process import refuse_ranks
+from moefy.config import CAPACITY_RULES
 from moefy.errors import ConfigError, UnknownOption
 from moefy.nn import losses
 from moefy.nn.routers.scored import top_k_index
 from moefy.nn.routers.topology import topology_index
-from moefy.nn.routing.capacity import RULES, queue_ranks
+from moefy.nn.routing.capacity import queue_ranks
 
 TRAPS = frozenset({"gshard_loss_scale", "switch_additive_noise"})
 """What can be switched off; see ``moefy.compat.fastmoe``."""
@@ -129,7 +130,7 @@ class NoisyGate(BaseGate):
             noisy = clean + torch.randn_like(clean) * std
         index, scores = best(noisy, self.top_k)
         if self.training:
-            load = losses.load(clean, noisy, std, self.top_k)
+            load = losses.smooth_load(clean, noisy, std, self.top_k)
         else:  # without noise the probability of being chosen is 0 or 1
             load = losses.cv_squared(losses.assignment_totals(index, self.tot_expert)[:-1].to(scores.dtype))
         self.set_loss(losses.sparse_importance(scores, index, self.tot_expert) + load)
@@ -188,7 +189,9 @@ class GShardGate(_SecondAtRandomGate):
     def seats(self, tokens: int) -> int:
         """Per expert and source worker."""
         rate = self.capacity[0 if self.training else 1]
-        return RULES["fastmoe_gshard"].formula(rate, tokens, self.top_k, self.tot_expert, self.num_expert)
+        return CAPACITY_RULES["fastmoe_gshard"].formula(
+            rate, tokens, self.top_k, self.tot_expert, self.num_expert
+        )
 
 
 class DCGate(_SecondAtRandomGate):
@@ -201,7 +204,9 @@ class DCGate(_SecondAtRandomGate):
     def seats(self, tokens: int) -> int:
         """Per expert."""
         rate = self.capacity[0 if self.training else 1]
-        return RULES["fastmoe_dc"].formula(rate, tokens, self.top_k, self.tot_expert, self.num_expert)
+        return CAPACITY_RULES["fastmoe_dc"].formula(
+            rate, tokens, self.top_k, self.tot_expert, self.num_expert
+        )
 
 
 class SwitchGate(NaiveGate):
@@ -242,7 +247,9 @@ class SwitchGate(NaiveGate):
         scores_SE = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         index = top_k_index(scores_SE, 1)
         rate = self.capacity[0 if self.training else 1]
-        seats = RULES["fastmoe_switch"].formula(rate, inp.shape[0], 1, self.tot_expert, self.num_expert)
+        seats = CAPACITY_RULES["fastmoe_switch"].formula(
+            rate, inp.shape[0], 1, self.tot_expert, self.num_expert
+        )
         top1 = scores_SE.gather(1, index).to(inp.dtype)
         index = prune(index, self.tot_expert, seats)
         self.set_loss(losses.fastmoe_switch(scores_SE, index, self.tot_expert))

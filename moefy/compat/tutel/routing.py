@@ -27,7 +27,7 @@ from moefy.errors import ConfigError, UnknownOption
 from moefy.nn import losses
 from moefy.nn.routers.scored import top_k_index
 from moefy.nn.routing.capacity import queue_ranks
-from moefy.ops.permute import accumulation_dtype
+from moefy.ops.cpu.sums import accumulation_dtype
 
 TRAPS = frozenset({"zero_capacity_factor", "batch_priority_need", "load_loss_units"})
 """What differs from what one would expect and can be switched off; see ``moefy.compat.tutel``."""

@@ -1,8 +1,8 @@
-"""What lies between an expert's linears, from a name, a function or a module.
+"""The body between an expert's linears, from the name of an activation, a function or a module.
 
 Contract: ``body_of(activation, glu)`` is the ``Body`` and the module that it calls, to be mounted as ``activation`` on
-the owner; ``None`` when ``ops.expert_ffn`` has the activation fused. ``nn.GELU()``, ``F.relu`` and the like count as
-their names. A module is shared by all experts and trained with them.
+the owner. The module is ``None`` when ``ops.expert_ffn`` has the activation fused. ``nn.GELU()``, ``F.relu`` and the
+like count as their names. A module is shared by all experts and trained with them.
 
     >>> body_of(torch.nn.functional.silu, glu=True)[0].known
     KnownBody(activation='silu', glu='separate', gate=0)
@@ -14,34 +14,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from moefy import ops
 from moefy.errors import ConfigError
 from moefy.nn.experts.body import Body
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
-
-_FUNCTIONS: dict[Any, str] = {
-    F.gelu: "gelu",
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.silu: "silu",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-}
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.Identity: "identity",
-}
 
 
 class FunctionModule(nn.Module):
@@ -64,7 +44,7 @@ def body_of(activation: Activation, glu: bool) -> tuple[Body, nn.Module | None]:
     """The body ``act(h0)``, or ``act(h0) * h1`` with ``glu``, and the module it calls.
 
     Raises:
-        ConfigError: for a name that does not exist, or what is neither name, function nor module.
+        ConfigError: for a name that does not exist, or a value that is neither name, function nor module.
     """
     name = known_name(activation)
     if name is not None:
@@ -75,17 +55,19 @@ def body_of(activation: Activation, glu: bool) -> tuple[Body, nn.Module | None]:
     rows = [graph.placeholder(f"h{i}") for i in range(2 if glu else 1)]
     hidden = graph.call_module("activation", (rows[0],))
     graph.output(graph.call_function(operator.mul, (hidden, rows[1])) if glu else hidden)
-    return Body.from_graph(graph), activation if isinstance(activation, nn.Module) else FunctionModule(
-        activation
-    )
+    module = activation if isinstance(activation, nn.Module) else FunctionModule(activation)
+    return Body.from_graph(graph), module
 
 
 def known_name(activation: Activation) -> str | None:
-    """The name under which the fused op has ``activation``, if it has."""
+    """The fused op's name for ``activation``; ``None`` when the op does not have it. A string is its own name."""
     if isinstance(activation, str):
         return activation
-    if type(activation) is nn.GELU:
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    if isinstance(activation, nn.Module):
-        return _MODULES.get(type(activation))
-    return next((name for function, name in _FUNCTIONS.items() if function is activation), None)
+    for name, known in ops.ACTIVATIONS.items():
+        if isinstance(activation, nn.Module):
+            found = known.module(activation)
+        else:
+            found = any(function is activation for function in known.functions)
+        if found:
+            return name
+    return None

@@ -1,4 +1,4 @@
-"""``Body``: what an FFN does between its entries and its exit, as a function of the rows.
+"""``Body``: the code between the entries and the exit of an FFN, as a function of the rows.
 
 Contract: ``body(owner, *rows)`` takes the entry outputs in order and returns the exit's input. It is
 made from an ``fx.Graph`` whose ``get_attr`` and ``call_module`` targets are relative to ``owner`` (the
@@ -45,7 +45,7 @@ class Body:
     Attributes:
         code: its Python source.
         num_inputs: how many entry outputs it takes.
-        known: what the fused op calls it, or ``None``.
+        known: the fused op's name for it, or ``None``.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Body:
 
         Args:
             graph: placeholders are the entry outputs in order; attribute and module targets are relative to the owner.
-            known: what it is, when the fused op has it.
+            known: the fused op's name for it, when the op has it.
 
         Raises:
             ConfigError: for a known body whose activation or GLU form does not exist.
@@ -97,7 +97,7 @@ class Body:
         return cls.from_graph(known_graph(known), known)
 
     def __call__(self, owner: nn.Module, *rows: torch.Tensor) -> torch.Tensor:
-        """The exit's input."""
+        """The exit's input, made of the entries' rows in the order of the entries."""
         return self.function(owner, *rows)
 
     def is_random(self, owner: nn.Module) -> bool:
@@ -109,7 +109,7 @@ class Body:
         return any(read(owner, training) and read(owner, p) > 0 for p, training in self.dropouts)
 
     def fused(self, owner: nn.Module) -> KnownBody | None:
-        """What the fused op calls this body now, or ``None`` when it must run as it is written."""
+        """The fused op's name for this body now; ``None`` when the body must run as it is written."""
         return None if self.known is None or self.is_random(owner) else self.known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Body:
 
 
 def _check_known(known: KnownBody) -> None:
-    """Refuse names that do not exist."""
+    """Raise ``ConfigError`` for an activation or a GLU form that does not exist."""
     names = sorted(ops.ACTIVATIONS)
     if known.activation not in names:
         expected = f"one of {names}{suggest(known.activation, names)}"
@@ -155,7 +155,7 @@ def find_dropouts(graph: fx.Graph) -> Iterator[tuple[Any, Any]]:
 
 
 def constant(value: Any, *, fallback: Any) -> Any:
-    """``value`` as a constant or ``Attribute``; what is computed counts as active."""
+    """``value`` as a constant or an ``Attribute``; a computed value counts as ``fallback``, an active dropout."""
     if isinstance(value, fx.Node):
         return Attribute(str(value.target)) if value.op == "get_attr" else fallback
     return value
@@ -174,7 +174,7 @@ def resolve(owner: Any, path: str) -> Any:
 
 
 def known_graph(known: KnownBody) -> fx.Graph:
-    """The graph of a known body."""
+    """The graph that computes a known body, with one placeholder per entry."""
     graph = fx.Graph()
     if known.glu == "none":
         graph.output(graph.call_function(activate, (graph.placeholder("h0"), known.activation)))

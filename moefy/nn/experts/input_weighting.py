@@ -21,7 +21,7 @@ from torch import Tensor
 from moefy.nn.routing.layout import TokenLayout
 from moefy.nn.routing.routing import Routing
 from moefy.nn.routing.token_tree import Tree, map_leaves
-from moefy.ops.permute import accumulation_dtype
+from moefy.ops.cpu.sums import accumulation_dtype
 
 
 def weight_inputs(tokens: Tree, routing: Routing) -> tuple[Tree, Routing]:

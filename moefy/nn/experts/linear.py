@@ -1,7 +1,7 @@
 """``ExpertLinear``: E linears stacked in one parameter, ``weight [E, out, in]`` and ``bias [E, out]``.
 
 Contract: it keeps the FQN of the linear it replaces with one dimension more, and the attributes that models read from a
-linear (``weight.dtype``, ``bias``, ``in_features``, ``out_features``). It owns weights; others compute with them.
+linear (``weight.dtype``, ``bias``, ``in_features``, ``out_features``). It owns weights; layers compute with them.
 
     >>> ExpertLinear(4, 8, num_experts=3).weight.shape
     torch.Size([3, 8, 4])
@@ -30,7 +30,7 @@ class ExpertLinear(nn.Module):
         dtype: their dtype.
 
     Raises:
-        ConfigError: for a size below 1.
+        ConfigError: for a size that is not an int of at least 1.
     """
 
     weight: nn.Parameter
@@ -63,11 +63,11 @@ class ExpertLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Not callable alone: a linear of experts needs a routing."""
+        """Raises ``NotImplementedError``: a linear of experts needs a routing."""
         raise NotImplementedError("ExpertLinear holds weights; call the MoE or the entry that owns it")
 
     def extra_repr(self) -> str:
-        """Widths and expert count."""
+        """Widths, number of experts and whether they have biases."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"num_experts={self.num_experts}, bias={self.bias is not None}"

@@ -16,7 +16,7 @@ from moefy.errors import DtypeError, ShapeError
 
 
 def replace_rows(y: Tensor, ids: Tensor, rows: Mapping[int, Tensor | float]) -> Tensor:
-    """``y`` with ``rows[v]`` wherever ``ids`` is ``v``; an id other than 0 that ``rows`` has not gives zeros.
+    """``y`` with ``rows[v]`` wherever ``ids`` is ``v``, and zeros where ``rows`` has no such id.
 
     Args:
         y: ``[*leading, ...]``.

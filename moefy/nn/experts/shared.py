@@ -24,7 +24,7 @@ class DenseFFN(nn.Module):
 
     Args:
         d_model: D.
-        d_hidden: its width, over all shared experts.
+        d_hidden: its hidden width, summed over all shared experts.
         d_out: width of its output.
         activation: as for ``MoE``; a module is copied, so that it has parameters of its own.
         glu: whether it is gated.
@@ -59,10 +59,10 @@ class DenseFFN(nn.Module):
             self.activation = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., d_out]``."""
+        """``[..., D] -> [..., d_out]``, every token through the whole FFN."""
         return self.down_proj(self.body(self, *(self.get_submodule(name)(x) for name in self.names)))
 
 
 def shared_output(shared: nn.Module, gate: nn.Module | None, x: Tensor) -> Tensor:
-    """What the shared experts add for ``x``."""
+    """``[..., d_out]``: the shared experts' share of the layer's output for ``x``."""
     return shared(x) if gate is None else torch.sigmoid(gate(x)) * shared(x)

@@ -75,7 +75,7 @@ def stacked_parameters(owner: Owner) -> Iterator[torch.Tensor]:
 
 
 def _run_composed(owner: Owner, x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """Entries, the body as it is written, exit."""
+    """Dispatch and entries, the body as it is written, exit and combine."""
     module = cast(nn.Module, owner)
     rows = expert_entries(x, [entry.of(module) for entry in owner.entries], exchange)
     return expert_exit(owner.body(module, *rows), *owner.exit.of(module), exchange)
@@ -84,7 +84,7 @@ def _run_composed(owner: Owner, x: torch.Tensor, exchange: Exchange) -> torch.Te
 def _run_fused(
     owner: Owner, x: torch.Tensor, routing: Routing, dispatcher: LocalDispatcher, known: KnownBody
 ) -> torch.Tensor:
-    """The whole FFN as one op."""
+    """Dispatch, the whole FFN and combine as one op."""
     module, layout = cast(nn.Module, owner), routing.layout
     linears = [entry.of(module) for entry in owner.entries]
     w_gate, b_gate = linears[known.gate] if known.glu == "separate" else (None, None)

@@ -1,45 +1,44 @@
-"""Auxiliary losses: the formulas, what a layer adds up, and how the sum reaches the gradients."""
+"""Auxiliary losses: the formulas, what a layer adds up, and how the sum reaches the gradients.
 
-from moefy.nn.losses.balance import (
-    AFTER_DROPS,
-    BALANCE_LOSSES,
-    COUNTED,
-    BalanceLoss,
-    GlobalCounts,
-    Reduce,
-    assignment_totals,
+balance, variation, z     formulas        registry   their names        counting, scopes   what they count over
+gradients                 hand-written gradients of two of them
+layer                     a layer's loss  delivery   into the model's own backward
+"""
+
+from moefy.config import AuxLoss
+from moefy.nn.losses.balance import fastmoe_gshard, fastmoe_switch, gshard, mixtral, switch
+from moefy.nn.losses.counting import Assignment, Reduce, assignment_totals
+from moefy.nn.losses.registry import BALANCE_LOSSES, BalanceLoss, balance_loss, balance_loss_of
+from moefy.nn.losses.scopes import GlobalCounts, per_sequence
+from moefy.nn.losses.variation import (
     cv_squared,
-    fastmoe_gshard,
-    fastmoe_switch,
-    gshard,
     importance,
-    load,
     load_importance,
-    mixtral,
-    per_sequence,
+    smooth_load,
     sparse_importance,
-    switch,
     tutel_load_importance,
-    z_loss,
 )
+from moefy.nn.losses.z import z_loss
 
 __all__ = [
-    "AFTER_DROPS",
     "BALANCE_LOSSES",
-    "COUNTED",
+    "Assignment",
+    "AuxLoss",
     "BalanceLoss",
     "GlobalCounts",
     "Reduce",
     "assignment_totals",
+    "balance_loss",
+    "balance_loss_of",
     "cv_squared",
     "fastmoe_gshard",
     "fastmoe_switch",
     "gshard",
     "importance",
-    "load",
     "load_importance",
     "mixtral",
     "per_sequence",
+    "smooth_load",
     "sparse_importance",
     "switch",
     "tutel_load_importance",

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from moefy import ops
 from moefy.config import AuxLoss
-from moefy.nn.load import traced
+from moefy.nn.execution import traced
 from moefy.nn.losses.layer import AuxState, Injected
 from moefy.nn.routers.base import Router
 
@@ -90,7 +90,7 @@ def deliver_aux_loss(model: nn.Module) -> None:
 
 
 def withdraw(model: nn.Module) -> None:
-    """Take back what ``deliver`` did."""
+    """Take the hooks of ``deliver_aux_loss`` off ``model``: nothing is delivered any more."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), AuxHook)]:
             del hooks[key]

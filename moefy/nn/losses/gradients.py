@@ -1,4 +1,4 @@
-"""Two pieces of the auxiliary losses with gradients written by hand, since autograd's chains are long.
+"""The z-loss and the coefficient of variation with hand-written gradients, since autograd's chains are long.
 
 Contract: value and gradient are those of the plain formula, to any order. A compiler fuses the plain formula and
 functorch transforms it, so they get that one. In eager mode a z-loss with its gradient takes 10 launches instead of 24,
@@ -21,7 +21,7 @@ EPSILON = 1e-10
 
 
 def eager() -> bool:
-    """Whether each op is launched by itself, and no transform of functorch looks on."""
+    """Whether each op is launched by itself, and functorch is not active."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 

@@ -48,9 +48,10 @@ from torch import Tensor
 
 from moefy import ops
 from moefy.config import AuxLoss
+from moefy.config.aux_loss import BALANCE
 from moefy.nn import losses
-from moefy.nn.assign import assign
-from moefy.nn.load import LoadCounter
+from moefy.nn.counters import LoadCounter
+from moefy.nn.execution import assign
 from moefy.nn.routing.routing import Choice, Routing
 
 
@@ -165,8 +166,8 @@ def balance_loss(
 ) -> Tensor:
     """The balance loss of ``aux`` over its scope, without its weight; ``scores_TE`` are the choice's."""
     choice = routing.choice
-    loss = losses.BALANCE_LOSSES[aux.balance]
-    index_TK = routing.top_k_index if aux.balance in losses.AFTER_DROPS else choice.index
+    loss = losses.balance_loss_of(aux.balance)
+    index_TK = routing.top_k_index if BALANCE[aux.balance].after_drops else choice.index
     if aux.scope == "sequence" and len(routing.leading) > 1:
         return _per_sequence(loss, choice, scores_TE, index_TK, num_experts, routing.leading, aux.batch_dim)
     # The sort counted the slots that kept their seats.

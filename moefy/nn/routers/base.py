@@ -29,8 +29,8 @@ from moefy.config import AuxLoss, Capacity
 from moefy.config.fields import is_finite, is_int, positive_int
 from moefy.errors import ConfigError, ShapeError
 from moefy.nn.checked import check_scores
+from moefy.nn.counters import LoadCounter
 from moefy.nn.dispatch import LOCAL, Dispatcher
-from moefy.nn.load import LoadCounter
 from moefy.nn.losses.layer import AuxState
 from moefy.nn.route import route
 from moefy.nn.routing.layout import TokenLayout, as_tokens
@@ -147,7 +147,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """Create what ``reset_parameters`` fills. A router without a linear scorer creates nothing here."""
+        """Create the parameters that ``reset_parameters`` fills; none for a router without a linear scorer."""
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.d_model, **like))
         self.bias = nn.Parameter(torch.empty(self.num_experts, **like)) if bias else None
 
@@ -191,11 +191,11 @@ class Router(nn.Module):
 
     @property
     def self_contained(self) -> bool:
-        """Whether a forward needs the tokens alone: no token ids, no trace."""
+        """Whether a forward needs nothing but the tokens: no token ids, no trace."""
         return True
 
     def top_k_of(self, router_index: int | None) -> int:
-        """K when a call names none."""
+        """K of the router of that index, for a call that names no K."""
         return self.top_k
 
     @property
@@ -271,7 +271,7 @@ class Router(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """Sizes."""
+        """The sizes that every router has."""
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"
 
 

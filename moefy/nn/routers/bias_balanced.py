@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
-from moefy.nn import load, losses
+from moefy.nn import execution, losses
 from moefy.nn.routers.base import Call, register_router
 from moefy.nn.routers.group_limited import GroupLimitedRouter
 from moefy.nn.routing.routing import Choice
@@ -42,7 +42,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
 
     Args:
         rate: how far the bias moves at each step; 0.001 in DeepSeek-V3.
-        auto_update: whether optimizers update it; else ``update_bias`` is yours to call.
+        auto_update: whether optimizers update the bias; if not, the training loop calls ``update_bias``.
         options: of ``GroupLimitedRouter``: ``n_groups``, ``score``, ``renormalize``, ``scale``, ...
 
     Buffers:
@@ -79,12 +79,12 @@ class BiasBalancedRouter(GroupLimitedRouter):
         _ROUTERS.add(self)
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """The scorer, the bias that balances, the counts."""
+        """Create the scorer, the bias per expert and the counts."""
         super().make_parameters(bias, **like)
         device = like.get("device")
         self.register_buffer("expert_bias", torch.empty(self.num_experts, dtype=torch.float32, device=device))
         counts = torch.empty(self.num_experts, dtype=torch.int64, device=device)
-        self.counts = load.static_counter(counts)
+        self.counts = execution.static_counter(counts)
 
     def reset_parameters(self) -> None:
         """Draw ``weight``; the bias and the counts are zero."""
@@ -94,7 +94,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
 
     @property
     def ranks_logits(self) -> bool:
-        """Never: the bias has a say."""
+        """False: scores plus bias pick the experts."""
         return False
 
     def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
@@ -102,7 +102,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         return super().ranking(scores_TE + self.expert_bias.to(scores_TE.dtype), top_k)
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The experts, counted in training."""
+        """The experts by score and bias; a training forward counts them."""
         choice = super().decide(x, call)
         if self.training:
             self.count(choice.index, call.mask)
@@ -111,11 +111,11 @@ class BiasBalancedRouter(GroupLimitedRouter):
     @torch.no_grad()
     def count(self, index_TK: Tensor, mask_T: Tensor | None = None) -> None:
         """Add these slots to ``counts``, unless a checkpoint runs the forward again."""
-        if load.counts():
+        if execution.is_forward():
             counts_E = losses.assignment_totals(index_TK, self.num_experts, mask_T)[:-1]
             if not torch.compiler.is_dynamo_compiling() and self.counts.is_meta and not counts_E.is_meta:
-                self.counts = load.static_counter(torch.zeros_like(counts_E))
-            load.accumulate(self.counts, counts_E)
+                self.counts = execution.static_counter(torch.zeros_like(counts_E))
+            execution.accumulate(self.counts, counts_E)
 
     def update_bias(self) -> None:
         """Move the bias against the load since the last update, of all ranks of ``group``; all must call it."""
@@ -126,7 +126,7 @@ class BiasBalancedRouter(GroupLimitedRouter):
         super()._apply(fn, recurse)
         if self.expert_bias.dtype not in (torch.float32, torch.float64):
             self.expert_bias = bias.to(self.expert_bias.device)
-        self.counts = load.static_counter(fn(self.counts))
+        self.counts = execution.static_counter(fn(self.counts))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ MAX_TAU = math.log(100.0)
 
 
 def cosine_logits(projected_TP: Tensor, weight_EP: Tensor, tau: Tensor) -> Tensor:
-    """``[T, E]`` in the dtype of ``projected_TP``."""
+    """``[T, E]`` in the dtype of ``projected_TP``: the cosines times ``exp(min(tau, ln 100))``."""
     dtype = projected_TP.dtype
     directions_EP = F.normalize(weight_EP.to(dtype), dim=1)
     cosine_TE = router_logits(F.normalize(projected_TP, dim=1), directions_EP)
@@ -69,7 +69,7 @@ class CosineRouter(TutelTopRouter):
         super().__init__(d_model, num_experts, top_k, **options)
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """The projection, the experts' directions, the temperature."""
+        """Create the projection, the experts' directions and the temperature."""
         self.projection_weight = nn.Parameter(torch.empty(self.proj_dim, self.d_model, **like))
         self.projection_bias = nn.Parameter(torch.empty(self.proj_dim, **like))
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.proj_dim, **like))
@@ -85,7 +85,7 @@ class CosineRouter(TutelTopRouter):
         nn.init.constant_(self.tau, math.log(1 / self.init_t))
 
     def logits(self, x: Tensor, feature_dim: int = -1) -> Tensor:
-        """``[T, E]``."""
+        """``[T, E]`` cosines between projected tokens and directions, over the temperature."""
         projected_TP = router_logits(x, self.projection_weight, feature_dim)
         projected_TP = projected_TP + self.projection_bias.to(projected_TP.dtype)
         logits_TE = cosine_logits(projected_TP, self.weight, self.tau)

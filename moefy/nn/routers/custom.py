@@ -24,13 +24,14 @@ from moefy.nn.routing.routing import Choice
 
 @register_router("custom")
 class CustomRouter(Router):
-    """A router around somebody's module.
+    """A router around a module of the user's.
 
     Args:
         top_k: K, for a module that gives logits.
         module: called with the tokens, features last; returns ``[..., E]`` logits or a ``Choice``.
-        sums_to_one: whether the weights of its choices sum to 1; ``None`` asks the module's own attribute of that
-            name. Without one, logits do and choices do not, which a call with one token tells when somebody asks.
+        sums_to_one: whether the weights of its choices sum to 1; ``None`` takes the module's own attribute of that
+            name. If unset: logits sum to one, a ``Choice`` does not. Which one the module returns is found by calling
+            it once on a zero token.
         options: of ``Router``; they initialise nothing here.
 
     Raises:
@@ -58,12 +59,12 @@ class CustomRouter(Router):
         self._sums_to_one = getattr(module, "sums_to_one", None) if sums_to_one is None else sums_to_one
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """None but the module's."""
+        """Create no parameters beside the module's."""
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """The module's and its children's, where they have such a method."""
+        """Reset the module and its children, where they have such a method."""
         module = self.__dict__.get("module") or self._modules.get("module")
         for child in module.modules() if isinstance(module, nn.Module) else ():
             reset = getattr(child, "reset_parameters", None)
@@ -72,7 +73,7 @@ class CustomRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """As told, else as a call with one token shows."""
+        """The option or the module's attribute; without both, whether the module returns logits."""
         return self._gives_logits() if self._sums_to_one is None else self._sums_to_one
 
     @torch.no_grad()
@@ -82,11 +83,11 @@ class CustomRouter(Router):
         with torch.random.fork_rng():
             try:
                 return isinstance(self.module(token), Tensor)
-            except Exception:  # somebody's code, on a token it may not expect: then nothing is known
+            except Exception:  # the user's code, on a token that it may not expect: then nothing is known
                 return False
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """What the module says."""
+        """The choice of the module, or the K largest of its logits."""
         layout = TokenLayout.of(x, call.feature_dim)
         answer = self.module(x if layout.feature_dim == -1 else x.movedim(layout.feature_dim, -1))
         tokens = layout.num_tokens

@@ -4,8 +4,8 @@ T tokens of all workers, E experts, W workers.
 
     an expert keeps its first ceil(rate * T / W) slots, in the order of tokens; then as GShard
 
-Contract: a slot that chance drops afterwards has taken its seat. FastMoE seats in the order of its atomics, which is no
-order; here it is the order of tokens and choices.
+Contract: a slot that is dropped at random afterwards has taken its seat. FastMoE seats slots in the order in which its
+atomics run, which differs from run to run; here the order is that of tokens and choices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RULE = Capacity(rule="fastmoe_dc")
 
 
 def limit_slots(choice: Choice, seats: int, num_experts: int) -> Choice:
-    """``choice`` with the slots dropped that come behind the first ``seats`` of their expert."""
+    """``choice`` without the slots behind the first ``seats`` of their expert."""
     drop_TK = queue_ranks(choice.index, num_experts) >= seats
     return dataclasses.replace(
         choice,
@@ -70,11 +70,11 @@ class DCRouter(GShardRouter):
 
     @property
     def sums_to_one(self) -> bool:
-        """Where every expert has a seat for every token and chance drops none."""
+        """Whether every expert has a seat for every token and no second expert is dropped at random."""
         return min(self.rates) >= self.num_workers and not self.random_routing
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """Seats first, chance second."""
+        """The two best experts, limited to the seats; in training the second is dropped at random after that."""
         choice = Router.choose(self, self.logits(x, call.feature_dim), call.top_k)
         if call.mask is not None:
             choice = choice.masked(call.mask, self.num_experts)

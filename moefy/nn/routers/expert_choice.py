@@ -4,10 +4,10 @@ T tokens, E experts, C = min(T, ceil(T * factor / E)) tokens per expert.
 
     S = softmax(logits) over the experts     expert e takes the C largest of S[:, e]     w = S[t, e]
 
-Contract: perfectly balanced, nothing to learn for it. NOT CAUSAL: whether a token is taken depends on all tokens of the
-batch, later ones included, so a decoder must not generate with it. A token may have any number of experts, also none;
-it is written with K = E slots, slot e being expert e, and the slots that were not taken are dropped. Equal scores go to
-the lower token.
+Contract: every expert gets the same number of tokens, without a loss. NOT CAUSAL: whether a token is taken depends on
+all tokens of the batch, later ones included, so a decoder must not generate with it. A token may have any number of
+experts, also none; it has K = E slots, slot e for expert e, and the slots that were not taken are dropped. Of equal
+scores the lower token wins.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ExpertChoiceRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """A token has as many experts as take it."""
+        """False: a token has as many experts as take it, also none."""
         return False
 
     def decide(self, x: Tensor, call: Call) -> Choice:

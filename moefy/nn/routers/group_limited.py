@@ -81,7 +81,7 @@ class GroupLimitedRouter(ScoreTopK):
         super().__init__(d_model, num_experts, top_k, **options)
 
     def check_top_k(self, top_k: int) -> None:
-        """The chosen groups must hold K experts."""
+        """Raise ``ConfigError`` also when the chosen groups hold fewer than K experts."""
         super().check_top_k(top_k)
         limit = self.topk_groups * (self.num_experts // self.n_groups)
         if top_k > limit:
@@ -89,11 +89,11 @@ class GroupLimitedRouter(ScoreTopK):
 
     @property
     def ranks_logits(self) -> bool:
-        """With one group."""
+        """Whether there is one group only, so that the logits alone pick the experts."""
         return self.n_groups == 1
 
     def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
-        """The scores, those of other groups being -inf."""
+        """The scores, -inf outside each token's best groups."""
         if self.n_groups == 1:
             return scores_TE
         best = max(1, top_k // self.topk_groups) if self.group_best is None else self.group_best

@@ -31,7 +31,7 @@ def random_second(choice: Choice, num_experts: int) -> Choice:
 
 @register_router("gshard")
 class GShardRouter(Router):
-    """GShard's router. K is 2. Its capacity is a matter of ``Capacity``.
+    """GShard's router. K is 2. GShard's limit per expert is a separate option, ``Capacity(rule="gshard")``.
 
     Args:
         random_routing: whether the second expert is dropped at random in training.
@@ -50,11 +50,11 @@ class GShardRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """Not where second experts are dropped; in evaluation none are."""
+        """Whether no second expert is dropped; evaluation drops none."""
         return not self.random_routing
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
-        """The two best, the second one by chance."""
+        """The two best experts; in training the second one is dropped at random."""
         choice = super().choose(logits_TE, top_k)
         if not self.training or not self.random_routing:
             return choice

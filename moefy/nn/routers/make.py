@@ -8,7 +8,7 @@
 
 Contract: a factory is called with ``d_model, num_experts, top_k`` and with those of ``std, seed, fqn, device, dtype``
 that it takes by name. It draws from a random state that depends on the seed and the layer's name alone, so that all
-ranks agree and the global one is untouched.
+ranks agree and the global random state is untouched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moefy.nn.routers.custom import CustomRouter
 from moefy.nn.seeding import seeded
 
 RouterLike: TypeAlias = str | RouterSpec | nn.Module | Callable[..., nn.Module]
-# What the layer decides, not the user's options.
+# Arguments that the layer decides, so that they are no options of a RouterSpec.
 _PLACE = ("self", "d_model", "num_experts", "top_k", "fqn", "device", "dtype")
 
 
@@ -84,7 +84,7 @@ def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Ten
         "device": like.device,
         "dtype": like.dtype,
     }
-    router = make_router(config.router, d_model, config.num_experts, config.top_k, **place)
+    router = make_router(config.router, d_model, config.num_experts, config.experts_per_token, **place)
     router.capacity = Capacity.of(config.capacity)
     router.aux_loss = AuxLoss.of(config.aux_loss)
     return router
@@ -93,7 +93,7 @@ def configured_router(config: MoEConfig, d_model: int, fqn: str, like: torch.Ten
 def check_router(config: MoEConfig) -> None:
     """Raise ``ConfigError`` or ``UnknownOption`` for a router by name that no layer could have."""
     if isinstance(config.router, str | RouterSpec):
-        make_router(config.router, 8, config.num_experts, config.top_k, device="meta")
+        make_router(config.router, 8, config.num_experts, config.experts_per_token, device="meta")
 
 
 def _by_name(spec: RouterSpec, sizes: dict[str, int], place: dict[str, Any]) -> Router:

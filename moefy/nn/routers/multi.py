@@ -71,41 +71,41 @@ class MultiRouter(Router):
         return make_router(router, self.d_model, self.num_experts, top_k, **{**options, "fqn": fqn})
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """None of its own."""
+        """Create no parameters beside those of the routers."""
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """Those of every router; they do so themselves while this one is made."""
+        """Reset every router. While this one is made it has none yet, and each draws its parameters itself."""
         if "routers" in self._modules:
             for router in self.routers:
                 self._cast(router).reset_parameters()
 
     @property
     def num_routers(self) -> int:
-        """How many there are."""
+        """The number of routers, which ``router_index`` is below."""
         return len(self.routers)
 
     @property
     def sums_to_one(self) -> bool:
-        """When all do."""
+        """Whether the weights of all routers sum to 1."""
         return all(self._cast(router).sums_to_one for router in self.routers)
 
     @property
     def self_contained(self) -> bool:
-        """When all are."""
+        """Whether no router needs more than the tokens."""
         return all(self._cast(router).self_contained for router in self.routers)
 
     def top_k_of(self, router_index: int | None) -> int:
-        """That router's K."""
+        """K of the router of that index."""
         return self.chosen(router_index).top_k
 
     def chosen(self, router_index: int | None = None) -> Router:
-        """The router of that index; of the default one for ``None``."""
+        """The router of that index; the default one for ``None``."""
         return self._cast(self.routers[self.router_index if router_index is None else router_index])
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """As the chosen one does."""
+        """The choice of the router that the call or ``router_index`` picks."""
         router = self.chosen(call.router_index)
         router.check_top_k(call.top_k)
         return router.decide(x, call)

@@ -50,12 +50,12 @@ class NoisyTopKRouter(Router):
         self.noise_epsilon = noise_epsilon
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """Two matrices."""
+        """Create the matrix of the logits and that of the noise."""
         super().make_parameters(bias, **like)
         self.noise_weight = nn.Parameter(torch.empty(self.num_experts, self.d_model, **like))
 
     def reset_parameters(self) -> None:
-        """Draw ``weight``; ``noise_weight`` is zero."""
+        """Draw ``weight``, and set ``noise_weight`` to zero."""
         super().reset_parameters()
         nn.init.zeros_(self.noise_weight)
 
@@ -64,7 +64,7 @@ class NoisyTopKRouter(Router):
         return F.softplus(router_logits(x, self.noise_weight, feature_dim)) + self.noise_epsilon
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The K best noisy logits."""
+        """The K best logits, noisy in training, where the two losses are computed too."""
         clean_TE = self.logits(x, call.feature_dim)
         if not self.training:
             return self.choose(clean_TE, call.top_k)
@@ -74,6 +74,6 @@ class NoisyTopKRouter(Router):
         importance = losses.sparse_importance(
             choice.weights, choice.index, self.num_experts, mask_T=call.mask
         )
-        load = losses.load(clean_TE, noisy_TE, std_TE, call.top_k, mask_T=call.mask)
+        load = losses.smooth_load(clean_TE, noisy_TE, std_TE, call.top_k, mask_T=call.mask)
         choice.losses = {"importance": importance, "load": load}
         return choice

@@ -1,5 +1,5 @@
-"""Replay: the experts come from a recorded trace, the weights from today's logits (SmartMoE's FileGate, Megatron-Core's
-router replay).
+"""Replay: experts from a recorded trace, weights from the current logits (SmartMoE's FileGate, Megatron-Core's router
+replay).
 
 T tokens, K top-k.
 
@@ -35,7 +35,7 @@ from moefy.nn.routing.routing import Choice, Routing
 
 
 class Trace:
-    """What routers chose: ``entries[fqn]`` is a list of ``[T, K]`` int64 tensors on the CPU, one per forward."""
+    """The choices of routers: ``entries[fqn]`` is a list of ``[T, K]`` int64 tensors on the CPU, one per forward."""
 
     def __init__(self, entries: Mapping[str, list[Tensor]] | None = None) -> None:
         self.entries: dict[str, list[Tensor]] = {} if entries is None else dict(entries)
@@ -55,12 +55,12 @@ class Trace:
         return torch.stack(self.entries[fqn])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file that ``load`` reads."""
+        """Write the entries to a file that ``load`` reads."""
         torch.save(self.entries, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read what ``save`` wrote; tensors and names, no code."""
+        """The trace of a file that ``save`` wrote; the file holds tensors and names, no code."""
         return cls(torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -155,16 +155,16 @@ class ReplayRouter(ScoreTopK):
 
     @property
     def sums_to_one(self) -> bool:
-        """As the weights of ``ScoreTopK``, while the trace drops no slot."""
+        """Whether the weights of ``ScoreTopK`` do, and the trace drops no slot."""
         return super().sums_to_one and self._complete
 
     @property
     def self_contained(self) -> bool:
-        """No: the tokens must be as many as the trace's."""
+        """False: there must be as many tokens as in the trace."""
         return False
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The recorded experts under today's weights."""
+        """The recorded experts, weighted by the logits of this call."""
         logits_TE = self.logits(x, call.feature_dim)
         index_TK = self._entry(logits_TE.shape[0], call.top_k)
         valid_TK = (index_TK >= 0) & (index_TK < self.num_experts)

@@ -91,11 +91,11 @@ class ScoreTopK(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """With renormalisation and without scaling."""
+        """Whether the weights are renormalised and not scaled."""
         return self.renormalize and self.scale == 1
 
     def ranking(self, scores_TE: Tensor, top_k: int) -> Tensor:
-        """``[T, E]``: what the K best are taken of, unless it is the logits."""
+        """``[T, E]``: the values whose K best are chosen, unless ``ranks_logits``."""
         return scores_TE
 
     @property

@@ -5,7 +5,7 @@ T tokens of all workers, E experts, W workers of E / W experts each, K top-k.
     round k: every token asks the worker of its k-th best expert. A worker takes them in the order of tokens until its
     quota is gone, which is its share of T * K at first and carries over to later rounds. The others fill, in order, the
     workers with quota left, and land on their expert number k mod (E / W).
-    w = softmax over the logits of the experts that it became
+    w = softmax over the logits of the experts that the token ends up with
 
 Contract: the reference of the algorithm, for all workers in one process: tokens are in the order of the ranks. Only
 training swipes; evaluation is plain top-k. A token may get the same expert twice.
@@ -95,7 +95,7 @@ class SwipeRouter(Router):
         return Choice(index=index_TK, weights=weights_TK, logits=logits_TE)
 
     def balanced(self, index_TK: Tensor, mask_T: Tensor | None = None) -> Tensor:
-        """``index_TK`` after its K rounds."""
+        """``[T, K]``: ``index_TK`` after K rounds, when every worker has its share."""
         tokens, top_k = index_TK.shape
         device = index_TK.device
         count = torch.full((), tokens, device=device) if mask_T is None else mask_T.sum()

@@ -63,7 +63,7 @@ class SwitchRouter(ScoreTopK):
         self.jitter, self.noise = jitter, noise
 
     def logits(self, x: Tensor, feature_dim: int = -1) -> Tensor:
-        """``[T, E]``, noisy in training."""
+        """``[T, E]`` scores, with the noise in training."""
         if not self.training or self.jitter == 0:
             return super().logits(x, feature_dim)
         if self.noise == "input":

@@ -6,7 +6,7 @@ T tokens, E experts, K top-k, V table size.
 
 Contract: balanced over ids (every expert gets V/E of them, up to one), deterministic by seed and layer name, no
 parameters, nothing to learn. Ids come with the call (``token_ids=``), from the attribute ``token_ids``, or from a
-model's own argument: ``route_by_token_ids(model)``. Without ids there is the position.
+model's own argument: ``route_by_token_ids(model)``. With ``by="position"`` the router needs no ids.
 
     >>> router = HashRouter(16, 8, 1, by="token", size=50_000)
     >>> router(x, token_ids=input_ids)
@@ -88,23 +88,23 @@ class HashRouter(Router):
         self.token_ids: Tensor | None = None
 
     def make_parameters(self, bias: bool, **like: Any) -> None:
-        """The table."""
+        """Create the table of experts."""
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         self.register_buffer("table", torch.empty(self.size, dtype=torch.int64, device=like.get("device")))
 
     def reset_parameters(self) -> None:
-        """The same table every time and on every rank."""
+        """Fill the table; the same values every time and on every rank."""
         if not self.table.is_meta:
             self.table.copy_(hash_table(self.size, self.num_experts, self.seed, self.fqn))
 
     @property
     def self_contained(self) -> bool:
-        """By position."""
+        """Whether the router hashes positions, which need no ids."""
         return self.by == "position"
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """What the table says."""
+        """The experts of the table; the scores are 1 / K for these."""
         layout = TokenLayout.of(x, call.feature_dim)
         tokens = layout.num_tokens
         ids_T = positions(layout.leading, x.device) if self.by == "position" else self._ids(call, tokens)

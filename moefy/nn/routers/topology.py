@@ -98,14 +98,14 @@ class TopologyRouter(Router):
         self.outgoing_fraction, self.node = outgoing_fraction, node
 
     def check_top_k(self, top_k: int) -> None:
-        """K experts must be near."""
+        """Raise ``ConfigError`` also when the own node has fewer than K experts."""
         super().check_top_k(top_k)
         if top_k > self.experts_per_node:
             expected = f"top_k <= experts_per_node = {self.experts_per_node}"
             raise ConfigError("top_k", got=top_k, expected=expected)
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The experts of each token."""
+        """The K best experts, limited to the own node for all but a few tokens."""
         logits_TE = self.logits(x, call.feature_dim)
         ids_E = torch.arange(self.num_experts, device=logits_TE.device)
         near_E = ids_E // self.experts_per_node == self.node

@@ -4,8 +4,8 @@ T tokens, E experts, K top-k.
 
     s = softmax(logits + gate_noise * N(0, 1) / E)     w = s[chosen], for K > 1 divided by their sum
 
-Contract: with noise, in training, ``Choice.losses["load_importance"]`` holds Tutel's other loss, see
-``moefy.nn.losses.balance``: with all in logits, or in the mixed units of the original.
+Contract: with noise, in training, ``Choice.losses["load_importance"]`` holds Tutel's load-importance loss
+(``moefy.nn.losses.load_importance``): with every term in logits, or with ``mixed_units`` in the units of the original.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class TutelTopRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """Where the weights are normalised, which takes two of them."""
+        """Whether the weights are divided by their sum, which takes two of them."""
         return self.normalize_gate and self.top_k > 1
 
     def decide(self, x: Tensor, call: Call) -> Choice:
-        """The K best noisy scores."""
+        """The K best scores; in training they are noisy, and the loss is computed too."""
         clean_TE = self.logits(x, call.feature_dim)
         if not self.training or self.gate_noise == 0:
             return self.choose(clean_TE, call.top_k)
@@ -75,7 +75,7 @@ class TutelTopRouter(Router):
         return choice
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
-        """The K best of the softmax."""
+        """The K best of a softmax over all experts."""
         if self.normalize_gate and top_k > 1:  # the same number as the softmax over the chosen
             return super().choose(logits_TE, top_k)
         scores_TE = torch.softmax(logits_TE, dim=-1)

@@ -2,7 +2,7 @@
 
     index = 0, w = 1 / K for all K slots
 
-It has no parameters. Its logits are constants, 0 for expert 0 and -inf for the others, as the scores behind them say.
+It has no parameters. Its logits are constants, 0 for expert 0 and -inf for the others, whose softmax is all expert 0.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ZeroRouter(Router):
         """There is nothing to draw."""
 
     def logits(self, x: Tensor, feature_dim: int = -1) -> Tensor:
-        """``[T, E]`` constants."""
+        """``[T, E]`` constants: 0 for expert 0, -inf for the others."""
         tokens = TokenLayout.of(x, feature_dim).num_tokens
         dtype = torch.promote_types(x.dtype, torch.float32)
         ids_E = torch.arange(self.num_experts, device=x.device)
@@ -46,7 +46,7 @@ class ZeroRouter(Router):
         return logits_E.expand(tokens, self.num_experts)
 
     def choose(self, logits_TE: Tensor, top_k: int) -> Choice:
-        """K times expert 0."""
+        """Expert 0 in all K slots, with equal weights."""
         shape = (logits_TE.shape[0], top_k)
         index_TK = torch.zeros(shape, dtype=torch.int64, device=logits_TE.device)
         return Choice(index=index_TK, weights=logits_TE.new_full(shape, 1 / top_k), logits=logits_TE)

@@ -15,55 +15,18 @@ Shape letters: T tokens, E experts, K top-k, N = T*K slots.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moefy import ops
-from moefy.config import Capacity
+from moefy.config import CAPACITY_RULES, Capacity
 from moefy.config.fields import is_finite
 from moefy.errors import ConfigError
 from moefy.nn.routing.routing import Choice
 
 DEFAULT_CAPACITY = Capacity()
 """What a call's capacity factor means to a router without a capacity of its own."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A named capacity formula and what goes with it in its library.
-
-    Attributes:
-        formula: ``(factor, tokens, top_k, num_experts, experts_per_worker) -> int`` for a factor > 0.
-        order: in which order slots are seated.
-        min_capacity: the least capacity.
-    """
-
-    formula: Callable[[float, int, int, int, int], int]
-    order: str
-    min_capacity: int = 0
-
-
-RULES: dict[str, Rule] = {
-    # ceil(T*K / E * factor); a slot's choice does not matter.
-    "megatron": Rule(lambda f, t, k, e, _: math.ceil(t * k / e * f), "token"),
-    # max(4, ceil(T / E * K * factor)); second choices queue behind all first ones.
-    "deepspeed": Rule(lambda f, t, k, e, _: math.ceil(t / e * (f * k)), "choice", 4),
-    # GShard (Lepikhin et al. 2020, section 2.2): K*T / E for factor 1; first choices before second ones (algorithm 1).
-    "gshard": Rule(lambda f, t, k, e, _: math.floor(t * k * f / e), "choice"),
-    # Switch Transformer (Fedus et al. 2022, equation 3): T / E * factor, whatever K.
-    "switch": Rule(lambda f, t, k, e, _: math.floor(t * f / e), "choice"),
-    # Tutel: K * int(factor * ceil(T / E)); all first choices before any second.
-    "tutel": Rule(lambda f, t, k, e, _: k * math.floor(f * ((t + e - 1) // e)), "choice"),
-    # FastMoE has three. Its GShard gate: floor(ceil(factor * T) * K / E), per expert and source rank.
-    "fastmoe_gshard": Rule(lambda f, t, k, e, _: math.ceil(f * t) * k // e, "token"),
-    # Its Switch gate: ceil(factor * T / experts on this rank).
-    "fastmoe_switch": Rule(lambda f, t, k, e, per_worker: math.ceil(f * t / per_worker), "token"),
-    # Its DC gate: ceil(factor * T), not divided at all.
-    "fastmoe_dc": Rule(lambda f, t, k, e, _: math.ceil(f * t), "token"),
-}
 
 
 @dataclasses.dataclass(eq=False)
@@ -147,7 +110,7 @@ def expert_capacity(
 
 def rule_capacity(capacity: Capacity, factor: float, tokens: int, top_k: int, num_experts: int) -> int:
     """What the rule gives for a factor >= 0, at least its minimum, before alignment."""
-    rule = RULES[capacity.rule]
+    rule = CAPACITY_RULES[capacity.rule]
     least = rule.min_capacity if capacity.min_capacity is None else capacity.min_capacity
     per_worker = num_experts if capacity.experts_per_worker is None else capacity.experts_per_worker
     return max(least, rule.formula(factor, tokens, top_k, num_experts, per_worker))
@@ -160,7 +123,7 @@ def aligned(size: int | Tensor, multiple: int) -> int | Tensor:
 
 def slot_ranks(choice: Choice, capacity: Capacity, num_experts: int, *, training: bool) -> Tensor:
     """``[T, K]`` int64: each slot's place in its expert's queue, from 0. Evaluation draws no lots."""
-    order = capacity.order or RULES[capacity.rule].order
+    order = capacity.order or CAPACITY_RULES[capacity.rule].order
     if capacity.drop == "position" or (capacity.drop == "random" and not training):
         return queue_ranks(choice.index, num_experts, order)
     if capacity.drop == "probability":

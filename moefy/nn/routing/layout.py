@@ -54,7 +54,7 @@ class TokenLayout(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the product of ``leading``."""
         return numel(self.leading)
 
     def to_tokens(self, x: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ def feature_axis(rank: int, feature_dim: int) -> int:
 
 def as_tokens(x: Tensor, feature_dim: int = -1) -> Tensor:
     """``[T, D]`` of any tensor with its features on ``feature_dim``; a view where the strides allow one."""
-    axis = feature_axis(x.dim(), feature_dim)
-    x = x if axis == x.dim() - 1 else x.movedim(axis, -1)
+    if feature_dim != -1 and (axis := feature_axis(x.dim(), feature_dim)) != x.dim() - 1:
+        x = x.movedim(axis, -1)
     return x if x.dim() == 2 else x.reshape(numel(x.shape[:-1]), x.shape[-1])
 
 

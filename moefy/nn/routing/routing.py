@@ -98,7 +98,7 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, the experts of the layer on all ranks."""
         return self.offsets.shape[0]
 
     @property

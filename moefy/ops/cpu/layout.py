@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Bounds = Sequence[tuple[int, int]]
+from moefy.ops.ffn_args import Bounds
 
 # In multiply-adds: what a product costs more as a call of its own, in fp32 and in bf16, and to copy an element. On 2
 # cores of an AMD EPYC (Zen 4), 8 to 256 experts of 32 to 256 rows, 48 to 256 features, a call costs 8 to 15 and 20

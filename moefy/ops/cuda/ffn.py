@@ -11,21 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from moefy.ops.cpu.ffn import Wanted, halves
-from moefy.ops.cpu.parts import Layer
-from moefy.ops.cuda.rows import recorded, rows_contiguous
-from moefy.ops.saved_rows import give, take
+from moefy.ops.cuda.choose import recorded, rows_contiguous
+from moefy.ops.ffn_args import FFNArgs, Wanted, halves
+from moefy.ops.saved_rows import claim, promise_private
 
 
 def ffn_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``expert_ffn`` by Triton kernels."""
     *tensors, activation, glu, save, private = args
     tensors[0] = rows_contiguous(tensors[0])
+    # The distance is no option of the kernels. It is part of the key under which launches are recorded, since a
+    # descriptor of both weights has it for a stride.
     options = (activation, glu, save, _apart(tensors[4], tensors[6]))
-    out_TD, first, up = recorded(_forward)(tensors, options)
+    out_TD, gate, up = recorded(_forward)(tensors, options)
     if save and private:
-        give(first, up)
-    return out_TD, first, up
+        promise_private(gate, up)
+    return out_TD, gate, up
 
 
 def _forward(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -33,9 +34,9 @@ def _forward(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, 
     from moefy.triton_ops import expert_ffn as kernels
 
     activation, glu, save, _ = options
-    layer = Layer._make((*tensors, activation, glu))
+    layer = FFNArgs._make((*tensors, activation, glu))
     gate_rows, up_rows = _entry_buffers(layer) if save else (None, None)
-    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
+    gate_NH, up_NH = (None, None) if up_rows is None else layer.gate_and_up(gate_rows, up_rows)
     out_TD = kernels.forward(layer.x_TD, _experts(layer), gate_NH, up_NH)
     return out_TD, *(out_TD.new_empty(0) if rows is None else rows for rows in (gate_rows, up_rows))
 
@@ -43,9 +44,9 @@ def _forward(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor, 
 def ffn_backward_cuda(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """``expert_ffn_backward`` by Triton kernels; over the saved rows where these are its own."""
     *tensors, gate_rows, up_rows, activation, glu, mask = args
-    gate_rows, up_rows, mine = take(gate_rows, up_rows)
+    gate_rows, up_rows, overwrite = claim(gate_rows, up_rows)
     tensors[0] = rows_contiguous(tensors[0])
-    options = (activation, glu, tuple(mask), mine, _apart(tensors[4], tensors[6]))
+    options = (activation, glu, tuple(mask), overwrite, _apart(tensors[4], tensors[6]))
     return recorded(_backward)((rows_contiguous(grad_TD), *tensors, gate_rows, up_rows), options)
 
 
@@ -54,16 +55,15 @@ def _backward(tensors: Sequence[Any], options: tuple[Any, ...]) -> tuple[Tensor,
     from moefy.triton_ops import expert_ffn as kernels
 
     grad_TD, *layer_tensors, gate_rows, up_rows = tensors
-    activation, glu, mask, mine, _ = options
-    layer, want = Layer._make((*layer_tensors, activation, glu)), Wanted._make(mask)
+    activation, glu, mask, overwrite, _ = options
+    layer, want = FFNArgs._make((*layer_tensors, activation, glu)), Wanted._make(mask)
     x_TD, experts = layer.x_TD, _experts(layer)
     if up_rows is None:
         gate_rows, up_rows = _entry_buffers(layer)
-        kernels.hidden(x_TD, experts, *_gate_and_up(layer, gate_rows, up_rows))
-    gate_NH, up_NH = _gate_and_up(layer, gate_rows, up_rows)
-    dgate_rows, dup_rows = (gate_rows, up_rows) if mine else _entry_buffers(layer)
-    dgate_NH, dup_NH = _gate_and_up(layer, dgate_rows, dup_rows)
-    assert up_NH is not None and dup_NH is not None
+        kernels.hidden(x_TD, experts, *layer.gate_and_up(gate_rows, up_rows))
+    gate_NH, up_NH = layer.gate_and_up(gate_rows, up_rows)
+    dgate_rows, dup_rows = (gate_rows, up_rows) if overwrite else _entry_buffers(layer)
+    dgate_NH, dup_NH = layer.gate_and_up(dgate_rows, dup_rows)
     grads = kernels.backward(
         grad_TD, x_TD, experts, gate_NH, up_NH, (dgate_NH, dup_NH, dup_rows), want._asdict()
     )
@@ -76,23 +76,14 @@ def _apart(w_gate: Tensor | None, w_up: Tensor) -> int:
     return 0 if w_gate is None else w_up.data_ptr() - w_gate.data_ptr()
 
 
-def _entry_buffers(layer: Layer) -> tuple[Tensor | None, Tensor]:
+def _entry_buffers(layer: FFNArgs) -> tuple[Tensor | None, Tensor]:
     """Room for the pre-activations of a separate gate and of the other entry."""
     rows = layer.order_N.shape[0]
     gate = None if layer.w_gate is None else layer.x_TD.new_empty((rows, layer.w_gate.shape[1]))
     return gate, layer.x_TD.new_empty((rows, layer.w_up.shape[1]))
 
 
-def _gate_and_up(
-    layer: Layer, gate_rows: Tensor | None, up_rows: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Views of the gate's and the other entry's columns."""
-    if up_rows is None or not layer.glu.startswith("merged"):
-        return (gate_rows if layer.w_gate is not None else None), up_rows
-    return halves(up_rows, layer.glu)
-
-
-def _experts(layer: Layer) -> Any:
+def _experts(layer: FFNArgs) -> Any:
     """The layer with gate and up apart: views of a merged weight, or weights of equal strides."""
     from moefy.triton_ops.expert_ffn import Experts
 

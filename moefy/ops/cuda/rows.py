@@ -1,47 +1,13 @@
-"""The CUDA side of the small ops: from an op's arguments to the launchers of ``moefy.triton_ops``.
+"""The CUDA side of ``grouped_linear``, ``combine`` and ``permute``'s gradient.
 
-Contract: the same results as the kernels in plain torch, to rounding, without waiting for the device. Triton is
-imported when the first op runs. ``by_triton`` leaves fp64 to plain torch, which does wait.
+Contract: the same results as the kernels in plain torch, to rounding, without waiting for the device.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
-_GEMM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def by_triton(kernel: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel`` where every floating tensor is of a dtype that it takes, else ``otherwise``."""
-
-    def chosen(*args: Any) -> Any:
-        floating = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-        run = kernel if all(a.dtype in _GEMM_DTYPES for a in floating) else otherwise
-        device = floating[0].device
-        if device.index == torch.cuda.current_device():  # entering it again takes microseconds
-            return run(*args)
-        with torch.cuda.device(device):  # Triton launches on the current one
-            return run(*args)
-
-    return chosen
-
-
-@functools.cache
-def recorded(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """``function(tensors, options)``, whose launches are repeated from the third call of a kind on."""
-    from moefy.triton_ops.recorded import Recorded
-
-    return Recorded(function)
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """``x`` with its features side by side."""
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+from moefy.ops.cuda.choose import rows_contiguous
 
 
 def grouped_linear_cuda(
@@ -85,7 +51,7 @@ def grouped_linear_backward_cuda(
 def combine_cuda(y_ND: Tensor, top_k_weights_TK: Tensor, order_N: Tensor) -> Tensor:
     """``combine`` by a Triton kernel."""
     from moefy.triton_ops.gather_sum import gather_sum
-    from moefy.triton_ops.tiles import row_of_slot
+    from moefy.triton_ops.shared.tiles import row_of_slot
 
     out_TD = y_ND.new_empty((top_k_weights_TK.shape[0], y_ND.shape[1]))
     weights_TK = top_k_weights_TK.contiguous()
@@ -96,7 +62,7 @@ def combine_cuda(y_ND: Tensor, top_k_weights_TK: Tensor, order_N: Tensor) -> Ten
 def sum_slots_cuda(rows_ND: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     """``sum_slots`` by a Triton kernel."""
     from moefy.triton_ops.gather_sum import gather_sum
-    from moefy.triton_ops.tiles import row_of_slot
+    from moefy.triton_ops.shared.tiles import row_of_slot
 
     out_TD = rows_ND.new_empty((order_N.shape[0] // top_k, rows_ND.shape[1]))
     gather_sum(rows_contiguous(rows_ND), None, row_of_slot(order_N), top_k, out_TD)

@@ -97,11 +97,11 @@ class Method(abc.ABC):
 
     def params_active(self, match: FFNMatch) -> int:
         """Elements of the experts that one token passes."""
-        return match.params * self.config.top_k
+        return match.params * self.config.experts_per_token
 
     def multiply_adds_active(self, match: FFNMatch) -> int:
         """Multiply-adds of the experts that one token passes, in one call."""
-        return match.multiply_adds * self.config.top_k
+        return match.multiply_adds * self.config.experts_per_token
 
     def warning(self) -> str | None:
         """What the user should know of a model made this way: one sentence, or ``None``."""

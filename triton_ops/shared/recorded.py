@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moefy.triton_ops import launch
-from moefy.triton_ops.blocks import tf32_allowed
+from moefy.triton_ops.shared import launch
+from moefy.triton_ops.shared.blocks import tf32_allowed
 
 Tensors = Sequence[Any]  # tensors or None, the first a tensor; all on one device
 Function = Callable[[Tensors, tuple[Hashable, ...]], tuple[Tensor, ...]]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefy import ops
+from moefy.nn.execution import accumulate, is_forward, static_counter
 from moefy.nn.routing.routing import Routing
 
 LOSSES = ("l_aux", "balance", "z_loss", "router")
@@ -56,7 +56,7 @@ class LoadCounter:
 
     def count(self, routing: Routing) -> None:
         """Add one forward, unless a checkpoint runs it again or something traces it."""
-        if not counts():
+        if not is_forward():
             return
         _add(self, "ends", routing.offsets)
         asked_TK = routing.choice.index
@@ -66,7 +66,7 @@ class LoadCounter:
 
     def add_losses(self, values: list[Tensor | None], like: Tensor) -> None:
         """Add one forward's ``LOSSES``; ``None`` is 0."""
-        if counts():
+        if is_forward():
             zero, one = like.new_zeros((), dtype=torch.float32), like.new_ones((), dtype=torch.float32)
             parts = [zero if value is None else value.detach().float() for value in values]
             _add(self, "losses", torch.stack([*parts, one]))
@@ -87,59 +87,8 @@ class LoadCounter:
                 setattr(self, name, static_counter(getattr(self, name).to(device)))
 
 
-def counts() -> bool:
-    """Whether this run of the code is a forward: no recomputation, no trace, no transform of functorch.
-
-    In a compiled graph it is ``ops.first_run`` that asks for the recomputation.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return not traced()
-    return not in_backward() and not traced() and not torch._C._are_functorch_transforms_active()
-
-
-def in_backward() -> bool:
-    """Whether this thread runs a backward, which is where activation checkpoints recompute."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def exporting() -> bool:
-    """Whether ``torch.export`` looks on; Dynamo of torch 2.11 takes ``torch.compiler.is_exporting`` as always true."""
-    return torch.compiler._is_exporting_flag
-
-
-def traced() -> bool:
-    """Whether ``make_fx``, ``torch.export`` or a fake mode looks on."""
-    if exporting() or torch.compiler.is_dynamo_compiling():
-        return exporting()
-    kind = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (kind.PROXY, kind.FAKE))
-
-
 def _add(counter: LoadCounter, name: str, value: Tensor) -> None:
     total = getattr(counter, name)
     if not torch.compiler.is_dynamo_compiling() and total.is_meta and not value.is_meta:
         counter._make(value.device)  # the weights came by assignment, which moves nothing
     accumulate(getattr(counter, name), value)
-
-
-def accumulate(total: Tensor, value: Tensor) -> None:
-    """Add ``value`` to the counter ``total``, where ``counts()``; in a replica of DataParallel to the one counter.
-
-    Through ``.data``, which leaves the version alone: Dynamo makes ``total`` an input of a checkpoint, and one that
-    runs eagerly saves its inputs for the backward, where a new version would be an error.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        total.data.add_(value * ops.first_run(value))
-    else:
-        total.data.add_(value.to(total.device))
-
-
-def static_counter(counter: Tensor) -> Tensor:
-    """``counter``, marked as ``torch._dynamo.mark_static`` and ``mark_static_address`` do, which would import Dynamo.
-
-    Its length is no batch size that happens to be equal, and CUDA graphs may write to it in place.
-    """
-    counter._dynamo_static_indices = set(range(counter.dim()))  # type: ignore[attr-defined]
-    counter._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
-    counter._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
-    return counter

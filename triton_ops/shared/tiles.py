@@ -21,8 +21,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from moefy.triton_ops.blocks import cdiv, next_power_of_2
-from moefy.triton_ops.launch import jit, kernel
+from moefy.triton_ops.shared.blocks import cdiv, next_power_of_2
+from moefy.triton_ops.shared.launch import jit, kernel
 
 # Launches that may count through one schedule; more than a backward has.
 COUNTERS = 64

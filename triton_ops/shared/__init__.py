@@ -1,0 +1,1 @@
+"""What kernels share: launching, replayed launches, tile sizes, the schedule of tiles, activations."""
