@@ -40,7 +40,9 @@ SPELLINGS = [
 ]
 
 
-@pytest.mark.parametrize(("target", "name"), SPELLINGS, ids=str)
+@pytest.mark.parametrize(
+    ("target", "name"), SPELLINGS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_one_name_for_every_spelling(target: Any, name: str) -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
