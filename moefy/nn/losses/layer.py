@@ -166,7 +166,7 @@ def balance_term(
 ) -> Tensor:
     """The balance loss of ``aux`` over its scope, without its weight; ``scores_TE`` are the choice's."""
     choice = routing.choice
-    loss = losses.balance_loss_of(aux.balance)
+    loss = losses.BALANCE_LOSSES[aux.balance]
     index_TK = routing.top_k_index if BALANCE[aux.balance].after_drops else choice.index
     if aux.scope == "sequence" and len(routing.leading) > 1:
         return _per_sequence(loss, choice, scores_TE, index_TK, num_experts, routing.leading, aux.batch_dim)
