@@ -1,4 +1,4 @@
-"""``AuxLoss``: what is minimised beside the model's own loss. ``moefy.nn.losses.layer`` computes and delivers it.
+"""``AuxLoss``: the loss that is minimised beside the model's own. ``moefy.nn.losses.layer`` computes and delivers it.
 
 >>> AuxLoss.of(0.01)
 AuxLoss(weight=0.01, balance='switch', ...)
@@ -29,8 +29,8 @@ class AuxLoss:
         scope: what the balance loss is taken over. "micro_batch": the tokens of one forward on one rank. "sequence":
             each sequence by itself, then the mean over them. "global_batch": expert counts summed over the ranks.
         batch_dim: with "sequence", the axis of the hidden states that counts sequences: 0, or 1 where time comes first.
-        delivery: "auto": an unchanged training loop minimises it; ``l_aux`` is there to look at, without a graph.
-            "by_hand": nobody adds it for you; ``l_aux`` and ``moefy.aux_loss(model)`` have a graph.
+        delivery: "auto": an unchanged training loop minimises the loss, and ``l_aux`` has no graph. "by_hand": the
+            training loop adds ``l_aux`` or ``moefy.aux_loss(model)``, which have a graph.
     """
 
     weight: float = 0.01

@@ -19,7 +19,9 @@ SLOT_ORDERS = ("token", "choice")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """How many tokens an expert takes, and which lose when more come. Without one nothing is dropped.
+    """How many tokens an expert takes, and which tokens lose their seat when more come.
+
+    Without a capacity nothing is dropped.
 
     Args:
         factor: > 0: the capacity is ``rule(factor)``. 0: exactly the need, so that nothing is dropped. < 0: the need,

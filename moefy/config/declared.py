@@ -36,7 +36,7 @@ class BalanceFacts:
 BALANCE: dict[str, BalanceFacts] = {}
 """The balance losses; ``moefy.nn.losses.balance_loss`` adds one."""
 DEFAULT_TOP_K: dict[str, int] = {}
-"""Each router's K where nobody names one; ``moefy.nn.routers.register_router`` adds one."""
+"""Each router's K for layers that name none; ``moefy.nn.routers.register_router`` adds one."""
 _SOURCES: set[str] = set()
 
 
@@ -46,7 +46,7 @@ def filled_by(module: str) -> None:
 
 
 def known(table: dict[str, FactsT]) -> dict[str, FactsT]:
-    """``table``, filled."""
+    """``table``, after the import that fills it."""
     for module in _SOURCES:
         importlib.import_module(module)
     return table

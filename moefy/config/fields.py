@@ -22,12 +22,12 @@ def from_fields(cls: Any, data: dict[str, Any]) -> Any:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Whether ``value`` is a finite number; a bool is none."""
     return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < float("inf")
 
 
 def is_int(value: Any, least: int | None = None) -> bool:
-    """Whether it is an int, of at least ``least``."""
+    """Whether ``value`` is an int of at least ``least``; a bool is none."""
     return not isinstance(value, bool) and isinstance(value, int) and (least is None or value >= least)
 
 

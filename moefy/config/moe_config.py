@@ -79,7 +79,7 @@ class MoEConfig:
 
     @property
     def experts_per_token(self) -> int:
-        """K: ``top_k``, which the constructor fills where nobody named it."""
+        """K: ``top_k``, or the router's default, which the constructor fills in."""
         assert self.top_k is not None
         return self.top_k
 
@@ -144,7 +144,7 @@ class MoEConfig:
         return cls(**options)
 
     def to_json(self) -> str:
-        """One JSON object."""
+        """``to_dict`` as the text of one JSON object."""
         return json.dumps(self.to_dict())
 
     @classmethod

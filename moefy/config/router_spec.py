@@ -81,7 +81,7 @@ def _spec(name: str, options: dict[str, Any]) -> RouterSpec:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """``value`` in JSON types."""
+    """``value`` in JSON types: a spec as a dict, a tuple as a list."""
     if isinstance(value, RouterSpec):
         return value.to_dict()
     if isinstance(value, tuple | list):
@@ -102,7 +102,7 @@ USUAL_TOP_K = 2
 
 
 def default_top_k(router: Any, num_experts: int) -> int:
-    """K where nobody names one: what the router is defined for, else 2; at most E."""
+    """The K of a router for which none is given: the router's own, else 2; at most E."""
     name = router.name if isinstance(router, RouterSpec) else router
     if isinstance(name, str):
         usual = known(DEFAULT_TOP_K).get(name, USUAL_TOP_K)

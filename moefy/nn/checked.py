@@ -1,8 +1,8 @@
-"""Checked mode: errors by name for faults that only a look at the data shows, which waits for the device.
+"""Checked mode: named errors for faults that only the data shows. Reading the data waits for the device.
 
-Contract: outside of it nothing is looked at: NaN scores give valid ids and NaN weights, and stay in their own tokens.
-Inside, in eager mode, a router raises ``NonFiniteScores`` before its layer computes anything. Compiled graphs and
-traces do not look.
+Contract: inside the mode, in eager mode, a router raises ``NonFiniteScores`` before its layer computes anything.
+Outside of it, in compiled graphs and in traces, no data is read. There, NaN scores give valid ids and NaN weights, for
+their own tokens alone.
 
     with moefy.checked_mode():
         model(x)        # moefy.errors.NonFiniteScores: layers.3.mlp: 2 of 128 tokens have NaN or infinite ...
@@ -23,7 +23,7 @@ _depth = 0  # of nested blocks; of the process, since DataParallel and autograd 
 
 
 class checked_mode(contextlib.ContextDecorator):
-    """Look at the data while the block runs; see the top of the file. Costs a wait for the device per layer."""
+    """Check the routers' scores while the block runs: one wait for the device per layer."""
 
     def __enter__(self) -> checked_mode:
         global _depth
@@ -38,8 +38,8 @@ class checked_mode(contextlib.ContextDecorator):
 def check_scores(router: Any, logits_TE: Tensor, mask_T: Tensor | None) -> None:
     """Raise ``NonFiniteScores`` in checked mode when a token that counts has a NaN or +inf score.
 
-    -inf is allowed: it is how a router forbids an expert. The router's name is read only then: a graph that several
-    layers share would otherwise be compiled for each name.
+    -inf is allowed, since a router forbids an expert by it. Only an error reads the router's name: else a graph that
+    several layers share would be compiled for each name.
     """
     if not _depth or torch.compiler.is_compiling() or traced():
         return

@@ -50,12 +50,12 @@ class LoadCounter:
             self.losses = static_counter(torch.zeros(len(LOSSES) + 1, dtype=torch.float32, device=device))
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all counters to zero."""
         for counter in (self.ends, self.dropped, self.losses):
             counter.zero_()
 
     def count(self, routing: Routing) -> None:
-        """Add one forward, unless a checkpoint runs it again or something traces it."""
+        """Add one forward. A recomputation and a trace add nothing."""
         if not is_forward():
             return
         _add(self, "ends", routing.offsets)
@@ -72,11 +72,11 @@ class LoadCounter:
             _add(self, "losses", torch.stack([*parts, one]))
 
     def tokens_per_expert(self) -> Tensor:
-        """``[E]`` int64, slots that stayed."""
+        """``[E]`` int64: the slots that each expert got, without dropped ones."""
         return torch.diff(self.ends, prepend=self.ends.new_zeros(1))
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a module's ``_apply`` to another device, whatever else ``fn`` does to its tensors."""
+        """Move the counters to the device that ``fn`` moves tensors to; their dtype stays."""
         device = fn(torch.empty(0, dtype=torch.int64, device=self.ends.device)).device
         if device == self.ends.device:
             return

@@ -17,7 +17,7 @@ from moefy import ops
 def is_forward() -> bool:
     """Whether this run of the code is a forward: no recomputation, no trace, no transform of functorch.
 
-    In a compiled graph it is ``ops.first_run`` that asks for the recomputation.
+    A compiled graph asks ``ops.first_run`` about recomputations, when it runs.
     """
     if torch.compiler.is_dynamo_compiling():
         return not traced()
@@ -70,9 +70,9 @@ def accumulate(total: Tensor, value: Tensor) -> None:
 
 
 def static_counter(counter: Tensor) -> Tensor:
-    """``counter``, marked as ``torch._dynamo.mark_static`` and ``mark_static_address`` do, which would import Dynamo.
+    """Mark ``counter`` as ``torch._dynamo.mark_static`` and ``mark_static_address`` do, without importing Dynamo.
 
-    Its length is no batch size that happens to be equal, and CUDA graphs may write to it in place.
+    Dynamo then never takes the counter's length for an equal batch size, and CUDA graphs may write to it in place.
     """
     counter._dynamo_static_indices = set(range(counter.dim()))  # type: ignore[attr-defined]
     counter._has_dynamo_dim_marking = True  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ metrics: dict[str, Callable[[Tensor], Tensor]] = {
     "Lmax-over-Lmin": lambda c_e: (c_e.max() + 1) / (c_e.min() + 1),
     "Lmax-over-Lmean": lambda c_e: c_e.max() / c_e.mean(),
 }
-"""What is measured of the number of slots of every expert."""
+"""Metrics of the counts ``[E]``: how many slots each expert got."""
 
 
 def reset_balance_profile(

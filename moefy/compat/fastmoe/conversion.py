@@ -96,7 +96,7 @@ def fmoefy(
 
 
 def _strategy(gate: Any) -> tuple[Any, Capacity | None]:
-    """Router and capacity."""
+    """The router and the capacity of a ``gate`` argument."""
     name = "naive" if gate is None else _BY_GATE.get(gate) if isinstance(gate, type) else gate
     if isinstance(name, str) and name in STRATEGIES:
         return STRATEGIES[name]

@@ -31,7 +31,7 @@ from moefy.nn.routers.topology import topology_index
 from moefy.nn.routing.capacity import queue_ranks
 
 TRAPS = frozenset({"gshard_loss_scale", "switch_additive_noise"})
-"""What can be switched off; see ``moefy.compat.fastmoe``."""
+"""FastMoE's surprises that can be switched off; ``moefy.compat.fastmoe`` explains them."""
 NOISE_EPSILON = 1e-2
 GateOutput = tuple[Tensor, Tensor]
 
@@ -55,7 +55,7 @@ class BaseGate(nn.Module):
         self.loss = loss
 
     def get_loss(self, clear: bool = True) -> Tensor | None:
-        """The loss of the last forward; gone afterwards unless ``clear`` is False."""
+        """The loss of the last forward; the gate forgets it unless ``clear`` is False."""
         loss = self.loss
         if clear:
             self.loss = None
@@ -63,11 +63,11 @@ class BaseGate(nn.Module):
 
     @property
     def has_loss(self) -> bool:
-        """Whether there is one."""
+        """Whether the gate holds a loss."""
         return self.loss is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the loss behind: it hangs on its graph."""
+        """The state without the loss, whose graph no copy or pickle can hold."""
         return {**self.__dict__, "loss": None}
 
 
@@ -187,7 +187,7 @@ class GShardGate(_SecondAtRandomGate):
     """
 
     def seats(self, tokens: int) -> int:
-        """Per expert and source worker."""
+        """The slots that one expert takes from one source worker."""
         rate = self.capacity[0 if self.training else 1]
         return CAPACITY_RULES["fastmoe_gshard"].formula(
             rate, tokens, self.top_k, self.tot_expert, self.num_expert
@@ -202,7 +202,7 @@ class DCGate(_SecondAtRandomGate):
         super().__init__(d_model, num_expert, world_size, *args, **options)
 
     def seats(self, tokens: int) -> int:
-        """Per expert."""
+        """The slots that one expert takes from all workers."""
         rate = self.capacity[0 if self.training else 1]
         return CAPACITY_RULES["fastmoe_dc"].formula(
             rate, tokens, self.top_k, self.tot_expert, self.num_expert
@@ -350,19 +350,19 @@ def best(logits: Tensor, top_k: int) -> GateOutput:
 
 
 def prune(index: Tensor, num_experts: int, seats: int) -> Tensor:
-    """``index`` with -1 for the slots that come too late, token by token."""
+    """``index`` with -1 for slots beyond the seats of their expert; earlier tokens sit first."""
     return index.masked_fill(queue_ranks(index, num_experts) >= seats, -1)
 
 
 def gshard_loss(logits: Tensor, index: Tensor, gate: Any) -> Tensor:
-    """The balance loss of first choices, in the scale that the gate's traps say."""
+    """The balance loss of first choices, in the scale that the gate's ``traps`` choose."""
     per_worker = gate.num_expert if "gshard_loss_scale" in gate.traps else gate.tot_expert
     scores = torch.softmax(logits, dim=1)
     return losses.fastmoe_gshard(scores, index, gate.tot_expert, experts_per_worker=per_worker)
 
 
 def checked(traps: Collection[str]) -> frozenset[str]:
-    """``traps`` as a set; raises ``UnknownOption`` for others."""
+    """``traps`` as a set; an unknown name raises ``UnknownOption``."""
     for name in traps:
         if name not in TRAPS:
             raise UnknownOption(name, sorted(TRAPS), where="traps")

@@ -97,7 +97,7 @@ class FMoE(nn.Module):
         self.gate_hook, self.mask, self.mask_dict = gate_hook, mask, mask_dict
 
     def _make_experts(self, expert: ExpertFactory | list[ExpertFactory] | None, num_expert: int) -> int:
-        """The modules; returns their number."""
+        """Make the experts' modules; returns E."""
         self.experts_fused = expert is None
         if expert is None:
             return num_expert
@@ -155,7 +155,7 @@ class FMoE(nn.Module):
         recursive=True
     )  # sizes that differ at every call would compile it again each time
     def _dispatch(self, rows: Tree, index_SK: Tensor, weights_SK: Tensor) -> Tree:
-        """Rows to experts and back."""
+        """Send the rows to their experts and combine the outputs."""
         choice = Choice(index=index_SK, weights=weights_SK, logits=weights_SK)
         routing = make_routing(choice, self.num_expert, TokenLayout((index_SK.shape[0],)))
         sorted_rows, _, handle = LOCAL.dispatch(rows, routing)
@@ -225,6 +225,6 @@ class Expert(nn.Module):
 
 
 def _masked(y: Tensor, ids_S: Tensor, scale_S: Tensor, rows: Mapping[int, Any]) -> Tensor:
-    """Replacements stand in every slot, so that their sum has the scores' weight."""
+    """``y`` with masked rows replaced, each replacement times the sum of its scores."""
     scale = scale_S.to(y.dtype).view(-1, *[1] * (y.dim() - 1))
     return torch.where((ids_S == 0).view_as(scale), y, replace_rows(y, ids_S, rows) * scale)

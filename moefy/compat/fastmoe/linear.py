@@ -49,7 +49,7 @@ class FMoELinear(nn.Module):
         return ops.grouped_linear(inp.type_as(self.weight), self.weight, self.bias, offsets_E)
 
     def extra_repr(self) -> str:
-        """Sizes."""
+        """Number of experts, widths, bias and rank."""
         return (
             f"num_expert={self.num_expert}, in_features={self.in_feat}, out_features={self.out_feat}, "
             f"bias={self.bias is not None}, rank={self.rank}"

@@ -125,7 +125,7 @@ class LlamaFFNNetwork(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all three again."""
+        """Draw the three weights from N(0, 0.01^2)."""
         for weight in self._flat():
             nn.init.normal_(weight, 0, 0.01)
 

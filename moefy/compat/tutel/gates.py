@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moefy.errors import UnknownOption
 
 LAYER_OPTIONS = ("capacity_factor", "gate_noise")
-"""What a gate's dict says to the layer."""
+"""Options in a gate's dict that the layer reads."""
 
 
 class LinearTopKGate(nn.Module):
@@ -43,7 +43,7 @@ class LinearTopKGate(nn.Module):
         self.top_k, self.fp32_gate = min(num_global_experts, int(k)), fp32_gate
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits."""
+        """``[T, D] -> [T, E]``, the logits."""
         weight = self.wg.weight.float() if self.fp32_gate else self.wg.weight
         return F.linear(x.to(weight.dtype), weight)
 
@@ -80,7 +80,7 @@ class CosineTopKGate(nn.Module):
         nn.init.normal_(self.sim_matrix, 0, 0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits."""
+        """``[T, D] -> [T, E]``, the logits."""
         values = (x, self.cosine_projector.weight, self.cosine_projector.bias, self.sim_matrix)
         x, weight, bias, columns = (v.float() if self.fp32_gate else v for v in values)
         cosine_TE = F.normalize(F.linear(x, weight, bias), dim=1) @ F.normalize(columns, dim=0)
@@ -91,7 +91,7 @@ GATES: dict[str, type[nn.Module]] = {"top": LinearTopKGate, "cosine_top": Cosine
 
 
 def check_options(options: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Raise ``UnknownOption`` for what neither the gate nor the layer reads."""
+    """Raise ``UnknownOption`` for an option that neither the gate nor the layer reads."""
     for name in options:
         if name not in LAYER_OPTIONS:
             raise UnknownOption(name, (*known, *LAYER_OPTIONS), where="tutel gate")

@@ -265,7 +265,7 @@ class MOELayer(nn.Module):
         return lambda _, ids: losses.load_importance(logits, noisy, ids, noise / experts)
 
     def _alignment(self) -> int:
-        """What the capacity is a multiple of."""
+        """The number that the capacity is rounded up to a multiple of."""
         block = max(self.megablocks_size, 1)
         size = -(-self.sharded_count * self.a2a_ffn_overlap_degree // block) * block
         return (
@@ -273,7 +273,7 @@ class MOELayer(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Checkpoints of other versions: without the number of experts, or with parameters of another shape."""
+        """Load also checkpoints of other versions, without the number of experts or with other shapes."""
         state_dict.setdefault(f"{prefix}_num_global_experts", self._num_global_experts)
         saved = int(state_dict[f"{prefix}_num_global_experts"])
         if saved != self.num_global_experts:
@@ -287,7 +287,7 @@ class MOELayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last forward's loss behind: it hangs on its graph."""
+        """The state without the last forward's loss, whose graph no copy or pickle can hold."""
         return {**self.__dict__, "l_aux": None, "dispatch_count": None}
 
     def extra_repr(self) -> str:
@@ -333,7 +333,7 @@ def _old_gate(name: str) -> dict[str, Any]:
 
 
 def _adaptive_degree(parallel_type: str) -> int:
-    """r, which one process has nothing to choose of."""
+    """r of "adaptive:r", as far as one process allows: 0 or 1."""
     if parallel_type.startswith("adaptive:"):
         return min(max(int(parallel_type.partition(":")[2]), 0), 1)
     return 1

@@ -30,7 +30,7 @@ from moefy.nn.routing.capacity import queue_ranks
 from moefy.ops.cpu.sums import accumulation_dtype
 
 TRAPS = frozenset({"zero_capacity_factor", "batch_priority_need", "load_loss_units"})
-"""What differs from what one would expect and can be switched off; see ``moefy.compat.tutel``."""
+"""Tutel's surprises that can be switched off; ``moefy.compat.tutel`` explains them."""
 
 Critical = tuple[int, list[Tensor], list[Tensor], list[Tensor], int, Tensor]
 
@@ -162,7 +162,7 @@ def fast_cumsum_sub_one(data: Tensor, dim: int = 0) -> Tensor:
 
 
 def _seats(critial_data: Critical) -> tuple[Tensor, Tensor]:
-    """``[T, K]`` rows of the flat buffers, ``E * C`` without a seat, and who has one."""
+    """``[T, K]`` rows of the flat buffers (``E * C`` without a seat), and ``[T, K]`` whether the slot has a seat."""
     num_experts, indices, locations, _, capacity, _ = critial_data
     index_TK, place_TK = (torch.stack(value, 1).long() for value in (indices, locations))
     keep_TK = place_TK < capacity
@@ -170,7 +170,7 @@ def _seats(critial_data: Critical) -> tuple[Tensor, Tensor]:
 
 
 def _places(scores: Tensor, index_TK: Tensor, by_priority: bool) -> Tensor:
-    """``[T, K]``: each slot's place; all first choices before any second one."""
+    """``[T, K]``: each slot's place in its expert's queue; all first choices come before any second one."""
     if not by_priority:
         return queue_ranks(index_TK, scores.shape[1], "choice")
     first_T = scores.detach().amax(1).argsort(descending=True, stable=True)

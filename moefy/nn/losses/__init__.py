@@ -8,7 +8,7 @@ outputs                   where a model's output has its loss
 
 from moefy.nn.losses.balance import fastmoe_gshard, fastmoe_switch, gshard, mixtral, switch
 from moefy.nn.losses.counting import Assignment, Reduce, assignment_totals
-from moefy.nn.losses.registry import BALANCE_LOSSES, BalanceLoss, balance_loss, balance_loss_of
+from moefy.nn.losses.registry import BALANCE_LOSSES, BalanceLoss, balance_loss
 from moefy.nn.losses.scopes import GlobalCounts, per_sequence
 from moefy.nn.losses.variation import (
     cv_squared,
@@ -31,7 +31,6 @@ __all__ = [
     "Reduce",
     "assignment_totals",
     "balance_loss",
-    "balance_loss_of",
     "cv_squared",
     "fastmoe_gshard",
     "fastmoe_switch",

@@ -21,7 +21,7 @@ EPSILON = 1e-10
 
 
 def eager() -> bool:
-    """Whether each op is launched by itself, and functorch is not active."""
+    """Whether ops run one by one: nothing compiles, and functorch is not active."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
@@ -32,7 +32,8 @@ def mean_squared_logsumexp(logits_TE: Tensor, mask_T: Tensor | None, softmax_TE:
     Args:
         logits_TE: ``[..., T, E]``, fp32 or fp64.
         mask_T: ``[..., T]`` bool; ``None`` means all.
-        softmax_TE: their softmax, if it is there; it gets no gradient. In another dtype it is made again.
+        softmax_TE: the softmax of ``logits_TE``, where the caller has it. It gets no gradient. A softmax of another
+            dtype is not used.
 
     Returns:
         ``[...]``.
@@ -48,7 +49,7 @@ def mean_squared_logsumexp(logits_TE: Tensor, mask_T: Tensor | None, softmax_TE:
 
 
 class _MeanSquaredLogSumExp(torch.autograd.Function):
-    """Keeps the softmax, which is the gradient of the logsumexp and also says what that is."""
+    """Saves the softmax: it is the gradient of the logsumexp, and the logsumexp follows from it."""
 
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, mask_T: Tensor | None, softmax_TE: Tensor | None) -> Tensor:
@@ -64,7 +65,7 @@ class _MeanSquaredLogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         logits_TE, mask_T, softmax_TE, lse_T = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again, so what was kept needs a graph
+        if torch.is_grad_enabled():  # a second derivative: saved tensors need a graph
             softmax_TE = torch.softmax(logits_TE, -1)
             lse_T = _masked(torch.logsumexp(logits_TE, -1), mask_T)
         twice = grads[0] * (2 / ctx.tokens) if mask_T is None else grads[0] * 2 / ctx.tokens
@@ -104,7 +105,7 @@ class _CvSquared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
         value_E, mean_1, square_1, cv_1 = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again, so what was kept needs a graph
+        if torch.is_grad_enabled():  # a second derivative: saved tensors need a graph
             mean_1, square_1, cv_1 = _moments(value_E)
         experts = value_E.shape[-1]
         centred_E = torch.sub(value_E - mean_1, cv_1 * mean_1, alpha=(experts - 1) / experts)

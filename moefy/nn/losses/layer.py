@@ -57,14 +57,14 @@ from moefy.nn.routing.routing import Choice, Routing
 
 @dataclasses.dataclass(eq=False)
 class AuxState:
-    """What a router keeps of its auxiliary loss between its forward and the delivery. Copies and pickles are empty.
+    """A router's auxiliary loss between its forward and the delivery. Copies and pickles are empty.
 
     Attributes:
-        live: the loss of the forward that runs, over all calls so far, with its graph.
-        value: that of the last forward once it is over: with a graph by hand, without one when delivered.
-        open: whether a forward of the model that delivers runs. While it does, calls of one layer add up.
-        without_grad: whether the last call had no graph since gradients were off, as in a reentrant checkpoint.
-        scale: the gradient that reached the captured loss of such a forward: what its recomputation injects.
+        live: the loss of the forward that runs, summed over its calls so far, with its graph.
+        value: the loss of the last finished forward: with a graph under ``delivery="by_hand"``, else without.
+        open: whether a forward of the delivering model runs. While one runs, the calls of one layer add up.
+        without_grad: whether gradients were off in the last call, as in a reentrant checkpoint. Its loss has no graph.
+        scale: the gradient that reached the captured loss of such a forward. Its recomputation injects ``scale``.
         group: the ranks of ``scope="global_batch"``; ``None`` is all of them once ``torch.distributed`` is up.
     """
 
@@ -81,18 +81,18 @@ class AuxState:
         return self.value if self.live is None else self.live
 
     def note(self, l_aux: Tensor) -> None:
-        """Keep the loss of one call."""
+        """Add the loss of one call to ``live``, or start with it."""
         without_grad = not torch.is_grad_enabled()
         live = self.live
         assign(self, "live", l_aux if live is None or not self.open else live + l_aux)
         assign(self, "without_grad", without_grad)
 
     def begin(self) -> None:
-        """A forward of the model starts."""
+        """Forget the last forward's loss and scale, and open the state: a forward of the model starts."""
         self.live, self.scale, self.open = None, None, True
 
     def clear(self) -> None:
-        """A forward in evaluation: there is no loss. What waits for a backward stays."""
+        """Drop the losses, since evaluation has none. ``scale`` stays: a backward may still wait for it."""
         if self.live is not None:
             assign(self, "live", None)
         if self.value is not None:
@@ -106,18 +106,18 @@ class AuxState:
 
 
 class Injected(torch.autograd.Function):
-    """``tensors`` as they are; their backward gives ``l_aux`` the gradient ``scale``, by default the loss scale."""
+    """Passes ``tensors`` through; their backward gives ``l_aux`` the gradient ``scale``, by default the loss scale."""
 
     @staticmethod
     def forward(ctx: Any, l_aux: Tensor, scale: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Aliases, which in-place operations may follow."""
+        """Aliases of ``tensors``, which later in-place operations may change."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(l_aux, scale)
         return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """The scale once, however many of the tensors have a gradient."""
+        """The gradients as they are, and ``scale`` for ``l_aux``, once for all tensors."""
         l_aux, scale = ctx.saved_tensors
         if scale is None:
             scale = ops.loss_scale(next(grad for grad in grads if grad is not None), l_aux)
@@ -128,11 +128,11 @@ class Injected(torch.autograd.Function):
 def layer_loss(
     aux: AuxLoss, routing: Routing, num_experts: int, counter: LoadCounter, group: Any = None
 ) -> Tensor:
-    """``l_aux`` of one call of a router, with its graph; its terms are added to ``counter``.
+    """``l_aux`` of one call of a router, with its graph. ``counter`` gets its terms.
 
     Args:
         aux: terms, weights and scope.
-        routing: the routing and, in it, what the router decided.
+        routing: the routing, with the router's choice in it.
         num_experts: E.
         counter: gets the value and the terms without their weights.
         group: the ranks of the global batch.
@@ -153,7 +153,7 @@ def layer_loss(
 
 
 def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor | None:
-    """The weighted sum of what there is."""
+    """The weighted sum of the values that are not ``None``; ``None`` without any."""
     total = None
     for weight, value in terms:
         if value is not None:
@@ -164,9 +164,9 @@ def _sum(terms: list[tuple[float, Tensor | None]]) -> Tensor | None:
 def balance_term(
     aux: AuxLoss, routing: Routing, scores_TE: Tensor, num_experts: int, group: Any = None
 ) -> Tensor:
-    """The balance loss of ``aux`` over its scope, without its weight; ``scores_TE`` are the choice's."""
+    """The balance loss of ``aux`` over its scope, without its weight; ``scores_TE`` are the scores of all experts."""
     choice = routing.choice
-    loss = losses.balance_loss_of(aux.balance)
+    loss = losses.BALANCE_LOSSES[aux.balance]
     index_TK = routing.top_k_index if BALANCE[aux.balance].after_drops else choice.index
     if aux.scope == "sequence" and len(routing.leading) > 1:
         return _per_sequence(loss, choice, scores_TE, index_TK, num_experts, routing.leading, aux.batch_dim)

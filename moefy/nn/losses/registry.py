@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from moefy.config.aux_loss import check_balance
 from moefy.config.declared import BALANCE, BalanceFacts
 from moefy.errors import ConfigError
 from moefy.nn.losses.counting import Assignment, Reduce
@@ -115,13 +114,3 @@ def balance_loss(
         return loss  # type: ignore[return-value]
 
     return register
-
-
-def balance_loss_of(name: str) -> BalanceLoss:
-    """The balance loss of that name.
-
-    Raises:
-        ConfigError: for a name that does not exist.
-    """
-    check_balance(name)
-    return BALANCE_LOSSES[name]

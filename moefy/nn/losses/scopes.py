@@ -25,7 +25,7 @@ def per_sequence(
     sequences: int,
     mask_T: Tensor | None = None,
 ) -> Tensor:
-    """The mean of ``loss`` over sequences, each by itself; those of padding alone do not count.
+    """The mean of ``loss`` over sequences, each by itself. A sequence of padding alone does not count.
 
     Megatron-Core's ``seq_aux_loss``; DeepSeek-V3 (2024, equations 17 to 20).
 
@@ -34,7 +34,7 @@ def per_sequence(
         scores_TE: ``[T, E]``, sequence after sequence.
         index_TK: ``[T, K]``.
         num_experts: E.
-        sequences: how many; all have T / sequences tokens.
+        sequences: B, the number of sequences. Each has T / B tokens.
         mask_T: ``[T]`` bool, True = a token that counts.
 
     Raises:
@@ -61,7 +61,7 @@ class GlobalCounts:
 
     The scores stay local, so that the mean over ranks of ``E * sum_e f_e * P_e``, which data parallelism takes anyway,
     is the loss of the whole batch (Qiu et al. 2025; Megatron-Core's ``global_aux_loss``). Ranks with unequal numbers of
-    tokens weigh the same. A micro-batch sees the counts of those before it and its own, not of those to come.
+    tokens weigh the same. A micro-batch sees its own counts and those of earlier micro-batches, not of later ones.
 
         counts = GlobalCounts(group, past_X)
         loss = switch(scores_TE, index_TK, E, reduce=counts)

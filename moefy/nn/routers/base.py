@@ -71,7 +71,7 @@ def register_router(name: str, *, default_top_k: int | None = None) -> Callable[
 
     Args:
         name: the router's name.
-        default_top_k: K where nobody names one; by default ``only_top_k``, else 2.
+        default_top_k: K for layers that name none; by default ``only_top_k``, else 2.
 
     Raises:
         ConfigError: when another class has the name already. Defining the same class again replaces it.
