@@ -192,7 +192,7 @@ def find(model: nn.Module, request: Request) -> list[FFNMatch]:
 
     Args:
         model: any ``nn.Module`` or ``fx.GraphModule``.
-        check: with True, rewrite the model, compare it with the dense one, and put it back.
+        check: with True, rewrite the model, compare it with the dense one, and put it back; needs ``num_experts``.
 
     Returns:
         One record per candidate, in the order of the forward.
@@ -213,8 +213,8 @@ def report(model: nn.Module, request: Request) -> RewriteReport:
 
     Args:
         model: any ``nn.Module`` or ``fx.GraphModule``.
-        check: with True, a dry run rewrites the model, measures the error and puts the dense model back. The record of
-            a transformed model tells what its own check measured, whatever is asked here.
+        check: with True, a dry run rewrites the model, measures the error and puts the dense model back; it needs
+            ``num_experts``. Of a transformed model the report says what its own check measured.
 
     Returns:
         The report. ``str`` draws its tables, ``to_dict`` has JSON types.
@@ -233,9 +233,10 @@ def report(model: nn.Module, request: Request) -> RewriteReport:
 
 def _dry_run(root: nn.Module, request: Request) -> tuple[Captured, Plan, Comparison | None]:
     """Capture and plan; on request also rewrite, verify and put back."""
-    check = bool(request.check) and request.config is not None
+    check = bool(request.check)
+    config = (request.config or MoEConfig.resolve(None)) if check else request.config
     captured = capture(root, request.example_args, request.example_kwargs, outputs=check)
-    plan = make_plan(captured.matches, request.config, request.include, request.exclude)
+    plan = make_plan(captured.matches, config, request.include, request.exclude)
     if not check or not plan.accepted:
         return captured, plan, None
     edits = build_edits(root, plan, captured.parts[0].trace, watch=progress)

@@ -93,6 +93,14 @@ def test_a_failing_check_of_a_dry_run_is_raised(verb, monkeypatch: pytest.Monkey
     assert torch.equal(call(model, inputs), expected)
 
 
+@pytest.mark.parametrize("verb", [moefy.find, moefy.report])
+def test_a_check_needs_to_know_what_to_check(verb) -> None:
+    model, x = dense("aligned"), batch("aligned")[""]
+    with pytest.raises(ConfigError, match="num_experts"):
+        verb(model, example_args=(x,), check=True)
+    verb(model, example_args=(x,), check=False)
+
+
 def test_verbs_take_a_compiled_wrapper() -> None:
     model = dense("aligned")
     wrapped = torch.compile(model, backend="eager")
