@@ -1,4 +1,4 @@
-"""The arguments of ``expert_ffn``, as both its sides read them: one record, and gate and up whatever the GLU form.
+"""The arguments of ``expert_ffn`` as one record, which its CPU and its CUDA side read.
 
 T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; P = H, or 2H for a merged entry.
 
@@ -60,11 +60,11 @@ class FFNArgs(NamedTuple):
         return checks.bounds(op, self.offsets_E, self.order_N.shape[0])
 
     def gate_and_up(self, gate: Tensor | None, up: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The gate's columns, or None, and the other entry's: of pre-activations, or of where these go.
+        """``(gate or None, up)`` for every GLU form, of the entries' outputs or of buffers for these.
 
         Args:
-            gate: of a separate gate.
-            up: of the other entry, or of a merged one, whose halves are returned.
+            gate: [N, H], the output of a separate gate, else None.
+            up: [N, P], the output of the other entry; views of its halves are returned if it is merged.
         """
         return halves(up, self.glu) if self.glu.startswith("merged") else (gate, up)
 

@@ -3,11 +3,11 @@
 The saved rows are the largest tensors of a layer, and the gradients of the pre-activations may take their place: with
 OLMoE's shapes that is 1 GiB.
 
-Contract: who claims the rows gets them as they were saved, or none and computes them again. So nobody sees that they
-were written over, and the backward stays a function of its arguments: a compiler may order its calls as it likes, and
-may give two backwards the rows of one forward where it has merged two equal ones. Whether the graph is kept is asked
-when the op runs, since a trace does not know it. The version counter of the rows carries the answer, as it is the one
-mark that autograd and compiled code hand on with a tensor; copies do not have it.
+Contract: a backward that claims the rows gets them as they were saved, or none, and then computes them again. So no
+caller sees that they were overwritten, and the backward stays a function of its arguments: a compiler may reorder its
+calls, and may give two backwards the rows of one forward if it has merged two equal forwards. Whether the graph is kept
+is asked when the op runs, since a trace does not know it. The version counter of the rows carries the answer: it is the
+one mark that autograd and compiled code hand on with a tensor, and copies do not have it.
 
     >>> rows_NH = torch.ones(2, 1)
     >>> promise_private(rows_NH)
@@ -43,13 +43,13 @@ class SavedRows(NamedTuple):
 
 
 def promise_private(*rows: Tensor) -> None:
-    """Say of the results of a forward that nothing but its backward will read them."""
+    """Mark the results of a forward as private: nothing but its backward will read them."""
     if not any(r.is_inference() for r in rows):  # these have no version, nor a backward
         _set_version(rows, GIVEN)
 
 
 def claim(second_rows: Tensor, up_rows: Tensor) -> SavedRows:
-    """The rows for one backward, which from then on are its own if nothing else needs them.
+    """The rows for one backward, which may overwrite them from then on if nothing else needs them.
 
     Args:
         second_rows: [N, H], or [0] where there are none.
@@ -64,7 +64,7 @@ def claim(second_rows: Tensor, up_rows: Tensor) -> SavedRows:
 
 
 def _graph_is_freed() -> bool:
-    """Whether this runs in a backward that keeps no graph; outside of any torch answers that it is kept.
+    """Whether this runs in a backward that keeps no graph. False outside of a backward.
 
     Without donated buffers torch's compiled backwards leave what is saved alone, even replayed from a CUDA graph, whose
     next replay may be that of a kept graph.

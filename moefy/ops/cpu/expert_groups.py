@@ -1,4 +1,4 @@
-"""Groups of experts that a kernel computes at once, and how their rows lie meanwhile.
+"""Groups of experts that a CPU kernel computes at once, and the layout of their rows.
 
 T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows.
 
@@ -16,13 +16,14 @@ from typing import NamedTuple
 from moefy.ops.cpu.layout import Bounds, InRows, Layout, layout_for
 from moefy.ops.ffn_args import FFNArgs
 
+# Bytes of the widest intermediate of a group, in fp32 or wider; a layer of at most twice as many is one group.
 CHUNK_BYTES = 8 << 20
 
 
 class ExpertGroup(NamedTuple):
-    """Consecutive experts, their rows, and the places of these.
+    """Consecutive experts, their rows, and the places of these rows.
 
-    The last one also has the rows of no expert, or, behind a batch, has these alone.
+    Rows of no expert belong to the last group. If its layout is a batch, they form a group of their own behind it.
     """
 
     experts: slice

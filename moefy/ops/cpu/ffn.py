@@ -1,7 +1,7 @@
 """The kernels behind ``expert_ffn`` and its backward, in plain torch: gather once, multiply expert by expert.
 
-T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; W = H, or 2H for a merged entry. What
-has P for its gate_or_acted letter lies by place, as ``moefy/ops/cpu/layout.py`` says; what has N, by row.
+T tokens, D model width, H expert hidden width, E experts, K top-k, N = T*K rows; W = H, or 2H for a merged entry. A
+tensor whose first letter is P lies by place, as ``moefy/ops/cpu/layout.py`` says; one whose first letter is N, by row.
 
 Contract: as ``moefy/ops/expert_ffn.py``. The gradient of the routing weights needs no expert output again (as in
 SonicMoE, Guo et al. 2025): ``<grad, h @ W.T + b> = <grad @ W, h> + <grad, b>``, and ``grad @ W`` is needed anyway.
@@ -27,7 +27,8 @@ from moefy.ops.ffn_args import FFNArgs, Wanted, halves
 from moefy.ops.saved_rows import SavedRows, claim, promise_private
 from moefy.triton_ops.shared.activations import ACTIVATIONS
 
-BY_PLACE = frozenset(("x", "weights"))  # gradients that the kernels sum over the slots of a token
+# Gradients that are made by place: x's is summed over each token's slots, the weights' is read by slot.
+BY_PLACE = frozenset(("x", "weights"))
 
 
 def _at(whole: Tensor | None, where: slice) -> Tensor | None:
@@ -43,7 +44,7 @@ def _places(plan: list[ExpertGroup], order_N: Tensor, top_k: int) -> Tensor:
 
 
 def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, activations or a separate gate's pre-activations, the other entry's)``; what is not saved is empty."""
+    """``(out, gate_or_acted, up)``: the layer's output, and the rows saved as ``SavedRows``; empty if not saved."""
     *layer_args, save, private = args
     layer = FFNArgs._make(layer_args)
     checks.slots("expert_ffn", layer.order_N)
@@ -73,7 +74,10 @@ def ffn_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Forward(NamedTuple):
-    """The experts' outputs by place and what is saved for the backward, by row; or where these go."""
+    """Results of the forward: the experts' outputs, by place, and the rows saved for the backward, by row.
+
+    As an argument, the tensors to write them to; None for a new tensor.
+    """
 
     y_PD: Tensor | None
     gate_or_acted: Tensor | None
@@ -81,7 +85,7 @@ class Forward(NamedTuple):
 
 
 def _forward(layer: FFNArgs, layout: Layout, save: bool, into: Forward) -> Forward:
-    """Written to ``into`` where there is any."""
+    """One group of experts; the results are written to the tensors of ``into`` where it has any."""
     x_PD = layer.x_TD.index_select(0, layout.spread(layer.order_N) // layer.weights_TK.shape[1])
     to_gate = None if layer.saves_acted else into.gate_or_acted
     gate, up = _entry(layer, x_PD, layout, to_gate, into.up)
@@ -103,7 +107,7 @@ def _forward(layer: FFNArgs, layout: Layout, save: bool, into: Forward) -> Forwa
 
 
 def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); unasked ones are empty."""
+    """Gradients of (x, top_k_weights, w_gate, b_gate, w_up, b_up, w_down, b_down); those not asked for are empty."""
     *tensors, second_rows, up_rows, activation, glu, mask = args
     layer, want = FFNArgs._make((*tensors, activation, glu)), Wanted._make(mask)
     checks.slots("expert_ffn_backward", layer.order_N)
@@ -130,7 +134,7 @@ def ffn_backward_kernel(grad_TD: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(layer: FFNArgs, want: Wanted, places: int) -> dict[str, Tensor]:
-    """Room for the wanted ones; x's and the routing weights' by place."""
+    """Empty tensors for the wanted gradients; those of x and of the routing weights by place."""
     like = {
         "x": layer.x_TD.new_empty(places, layer.x_TD.shape[1]),
         "weights": layer.weights_TK.new_empty(places),
@@ -151,7 +155,7 @@ def _backward(
     saved: SavedRows,
     into: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The wanted gradients, x's and the routing weights' by place; written to ``into`` where there is any."""
+    """The wanted gradients of one group, those of x and of the routing weights by place; in ``into`` if it has any."""
     slot_P, top_k = layout.spread(layer.order_N), layer.weights_TK.shape[1]
     token_P = slot_P // top_k
     weight_P1 = layer.weights_TK.reshape(-1).index_select(0, slot_P).unsqueeze(1)
@@ -196,7 +200,7 @@ def _entry(
 ) -> tuple[Tensor | None, Tensor]:
     """Pre-activations: of the gate if it is separate, and of the other (or merged) entry.
 
-    Written to ``to_gate`` and ``to_up``, which are by row, where there is such into and the layout is by row.
+    They are written to ``to_gate`` and ``to_up`` [N, ...] if these are given and the layout is by row.
     """
     if not isinstance(layout, InRows):
         to_gate = to_up = None
@@ -240,7 +244,7 @@ def _body_backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of the pre-activations, in the form in which ``_entry`` gives them.
 
-    ``dhidden`` is overwritten, behind a gate ``hidden`` as well, and if they are ``overwrite`` the pre-activations.
+    The call overwrites ``dhidden``, with a gate ``hidden`` as well, and with ``overwrite`` the pre-activations.
     """
     backward = ACTIVATIONS[layer.activation].backward
     gate_PH, up_PH = layer.gate_and_up(gate, up)
@@ -267,7 +271,7 @@ def _entry_backward(
     dup: Tensor,
     into: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Gradients of x by place and of the entries' weights and biases, as far as they are wanted."""
+    """The wanted gradients of x, by place, and of the entries' weights and biases."""
     result: dict[str, Tensor] = {}
     for name, drows in (("gate", dgate), ("up", dup)):
         if drows is not None and getattr(want, w := f"w_{name}"):
@@ -283,9 +287,9 @@ def _entry_backward(
 
 
 def _weigh(dhidden_PH: Tensor, hidden_PH: Tensor, weight_P1: Tensor, want: Wanted, overwrite: bool) -> Tensor:
-    """Multiply ``dhidden`` by the routing weights, in place; returns ``<dhidden, hidden>`` by place from before.
+    """Multiply ``dhidden`` by the routing weights, in place; return ``<dhidden, hidden>`` from before, by place.
 
-    That is empty if it is not wanted; ``hidden`` is overwritten if it is ``overwrite``.
+    The result is empty if the weights' gradient is not wanted. With ``overwrite`` the call overwrites ``hidden``.
     """
     dtype = accumulation_dtype(dhidden_PH, weight_P1)
     if not want.weights:

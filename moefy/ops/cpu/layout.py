@@ -3,7 +3,7 @@
 N rows sorted by expert, P places, E experts, C rows of the busiest expert, I and O features; ``bounds[e] =
 (first, end)`` row of expert e.
 
-Contract: row r lies at place ``place_N[r]``. ``spread`` brings what there is by row to places, ``collect`` brings it
+Contract: row r lies at place ``place_N[r]``. ``spread`` copies values from rows to places, ``collect`` copies them
 back. ``InRows`` has a place for each row; ``Batch`` has C places for each expert, ``e * C + c``, so that one call
 multiplies all experts. Large experts are multiplied one by one, many small ones in one batch.
 
@@ -41,7 +41,7 @@ class InRows:
 
     @property
     def places(self) -> int:
-        """P = N."""
+        """P, the number of places: N."""
         return self.rows
 
     @cached_property
@@ -54,15 +54,15 @@ class InRows:
         return torch.arange(self.rows, device=device)
 
     def spread(self, by_row: Tensor, *, zero: bool = False) -> Tensor:
-        """Nothing to do."""
+        """``by_row`` itself: each row is a place."""
         return by_row
 
     def cleared(self, by_place: Tensor) -> Tensor:
-        """Nothing to do."""
+        """``by_place`` itself: no place is without a row."""
         return by_place
 
     def collect(self, by_place: Tensor, out: Tensor | None = None) -> Tensor:
-        """Nothing to do, unless they shall be in ``out`` and are not."""
+        """``by_place`` itself, or its copy in ``out`` if that is another tensor."""
         return by_place if out is None or out is by_place else out.copy_(by_place)
 
 
@@ -91,7 +91,7 @@ class Batch:
 
     @property
     def places(self) -> int:
-        """P = E * C."""
+        """P, the number of places: E * C."""
         return self.row_P.shape[0]
 
     def place_N(self, device: torch.device) -> Tensor:
@@ -100,7 +100,7 @@ class Batch:
         return self.place_R
 
     def spread(self, by_row: Tensor, *, zero: bool = False) -> Tensor:
-        """By place; places without a row are 0 if ``zero`` says so, else anything."""
+        """``by_row`` [N, ...] by place [P, ...]; places without a row are 0 with ``zero``, else undefined."""
         by_place = by_row.index_select(0, self.row_P)
         return self.cleared(by_place) if zero else by_place
 
@@ -109,7 +109,7 @@ class Batch:
         return by_place.index_fill_(0, self.empty, 0)
 
     def collect(self, by_place: Tensor, out: Tensor | None = None) -> Tensor:
-        """By row, zero where a row belongs to no expert."""
+        """``by_place`` [P, ...] by row [N, ...]; rows of no expert are 0."""
         if out is None:
             out = by_place.new_empty((self.rows, *by_place.shape[1:]))
         routed = self.place_R.shape[0]
@@ -124,7 +124,7 @@ Layout: TypeAlias = InRows | Batch
 
 @lru_cache(maxsize=4)
 def _batch(rows: int, bounds: tuple[tuple[int, int], ...]) -> Batch:
-    """Kept for the backward of the same layer."""
+    """The batch of ``bounds``, cached: the backward of a layer asks for that of its forward."""
     ends_E2 = torch.tensor(bounds)
     row_EC = ends_E2[:, :1] + torch.arange(max(end - first for first, end in bounds))
     taken_P = (row_EC < ends_E2[:, 1:]).view(-1)

@@ -1,4 +1,4 @@
-"""Matrix products per expert, in plain torch, over rows that are sorted by expert: what the kernels are made of.
+"""Matrix products per expert, in plain torch, over rows sorted by expert; the CPU kernels are made of them.
 
 N rows, P places, I and O features, E experts, C places of an expert in a batch.
 

@@ -1,6 +1,6 @@
 """Sums over each token's rows, in the order of its choices, wherever the rows lie.
 
-T tokens, D width, K top-k, N = T*K rows. What has P for its first letter lies by place, as ``layout`` says.
+T tokens, D width, K top-k, N = T*K rows. A tensor whose first letter is P lies by place, as ``layout`` says.
 
     >>> y_ND, order_N = torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0])      # row 0 holds slot 1
     >>> weighted_sum(y_ND, torch.tensor([[1.0], [10.0]]), order_N, top_k=1).T
@@ -51,11 +51,11 @@ def sum_places(y_PD: Tensor, weights_TK: Tensor | None, place_TK: Tensor) -> Ten
 
 
 def _bags(y_PD: Tensor, weights_TK: Tensor, place_TK: Tensor) -> Tensor:
-    """In the dtype of the weights."""
+    """``sum_places`` with weights, computed and returned in their dtype."""
     return F.embedding_bag(place_TK, y_PD.to(weights_TK.dtype), mode="sum", per_sample_weights=weights_TK)
 
 
 def weighted_sum(y_ND: Tensor, weights_TK: Tensor | None, order_N: Tensor, top_k: int) -> Tensor:
-    """``sum_places`` of rows that lie as they are sorted."""
+    """``sum_places`` of rows sorted by expert: row r lies at place r."""
     rows_N = torch.arange(order_N.shape[0], device=order_N.device)
     return sum_places(y_ND, weights_TK, place_of_slot(order_N, rows_N, top_k))
